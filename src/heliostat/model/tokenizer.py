@@ -1,0 +1,315 @@
+"""Text to token ids and back: tokenizer.json, the chat template, the exact ids training and serving share.
+
+Whatever turns a conversation into ids, in training or in serving, calls ``prompt_ids`` or
+``plain_prompt_ids``: there is one answer to "which tokens does the model see". Knows no model; imports
+transformers when one is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import Refused
+
+UNFINISHED = "\ufffd"
+"""What decoders put where the bytes of a character are incomplete, or wrong."""
+
+# A character no merge starts from: text behind it is tokenized as text that goes on, not as text that begins.
+_ANCHOR = "\x01"
+# Enough tokens that looking back is cheap and rare.
+_WINDOW = 32
+# Settings and version stamps that do not change which ids a text has, or that are told apart in another way.
+_NOT_CONTENT = ("version", "truncation", "padding", "post_processor", "added_tokens")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokenizer:
+    """A fast tokenizer with its chat template, made by ``load``; the same ``digest`` means the same ids."""
+
+    backend: Any
+    """tokenizers.Tokenizer, truncation and padding off."""
+    fast: Any
+    """transformers' wrapper; only its chat template is used."""
+    eos_ids: tuple[int, ...]
+    """Ids that end an answer; the first is the one training appends where a template adds none."""
+    bos_id: int | None
+    pad_id: int
+    size: int
+    """1 + the largest id a text can have: a model needs as many embeddings."""
+    prefix: tuple[int, ...]
+    """Ids the tokenizer puts before a bare prompt (bos, or nothing)."""
+    spaced: bool
+    """Whether encoding puts a space before every text, as SentencePiece does."""
+    digest: str
+    """SHA-256 (hex) over vocabulary, rules, special tokens and chat template."""
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder; nothing is downloaded and no code of the folder is run.
+
+        Refused where tokenizer.json is missing or damaged.
+        """
+        folder = Path(folder)
+        content = _content(folder)
+        fast = _load_fast(folder)
+        backend = fast.backend_tokenizer
+        backend.no_truncation()  # a tokenizer saved while it truncated would cut prompts without a word
+        backend.no_padding()
+        eos_ids, prefix = _eos_ids(folder, fast), _prefix(backend)
+        pad = fast.pad_token_id
+        size = _size(backend, pad)
+        return cls(
+            backend=backend,
+            fast=fast,
+            eos_ids=eos_ids,
+            bos_id=fast.bos_token_id,
+            pad_id=pad if pad is not None and pad < size else next(iter(eos_ids), 0),
+            size=size,
+            prefix=prefix,
+            spaced=_is_spaced(backend),
+            digest=_digest(content, fast, size, eos_ids, prefix),
+        )
+
+    @property
+    def has_template(self) -> bool:
+        return self.fast.chat_template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, nothing added; names of special tokens in it become those tokens.
+
+        Refused: half a surrogate pair, and the name of a padding token that no model has an embedding for.
+        """
+        try:
+            ids = list(self.backend.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            raise Refused("the text is no valid Unicode (it holds half a surrogate pair)") from error
+        if max(ids, default=0) >= self.size:
+            raise Refused(f"the text names the padding token {self.fast.pad_token!r}, which no model reads")
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of token ids; special tokens (end of answer and such) are left out unless asked for."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, generation: bool = True) -> str:
+        """The conversation as the chat template writes it; ``generation``: up to where an assistant begins.
+
+        Refused where there is no template, or where the template refuses the conversation.
+        """
+        if not self.has_template:
+            raise Refused(
+                "the tokenizer has no chat template, so it cannot read a conversation: give a bare prompt, "
+                "or put a chat_template.jinja beside tokenizer.json"
+            )
+        try:
+            # transformers renders in jinja's sandbox: a template reaches neither attributes nor files.
+            return str(
+                self.fast.apply_chat_template(
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except Exception as error:  # a template is somebody's program: it may raise anything
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise Refused(
+                f"the chat template refuses this conversation (roles: {roles or 'none'}): {error}"
+            ) from error
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The exact ids that serving gives a model for a conversation that waits for an answer."""
+        return self.encode(self.render(messages))
+
+    def plain_prompt_ids(self, text: str) -> list[int]:
+        """The exact ids that serving gives a model for a bare prompt: ``prefix``, then the text."""
+        return [*self.prefix, *self.encode(text)]
+
+    def answer_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids a model should say after ``prompt_ids(messages[:-1])`` to give the last message, end included.
+
+        That is what the template writes of the last message behind the prompt, up to the first end token; if
+        it writes none, one is appended. Where the template writes the two so differently that the prompt is
+        no beginning of the conversation (reasoning put in or cut out), it is the message's content alone.
+        Refused where the content holds an end token: serving would stop there.
+        """
+        content = str(messages[-1]["content"])
+        asked, whole = self.render(messages[:-1]), self.render(messages, generation=False)
+        text = whole[len(asked) :] if whole.startswith(asked) else content
+        self._check_content(content)
+        ids = self._going_on(asked, text)
+        ends = [place for place, token in enumerate(ids) if token in self.eos_ids]
+        if ends:
+            return ids[: ends[0] + 1]
+        # The line break a template puts between turns is not for the model to say.
+        said = text if content != content.rstrip() else text.rstrip()
+        return [*self._going_on(asked, said), self._end()]
+
+    def plain_answer_ids(self, prompt: str, answer: str) -> list[int]:
+        """Ids that a model should say after ``plain_prompt_ids(prompt)`` to give the answer, end included."""
+        self._check_content(answer)
+        return [*self._going_on(prompt, answer), self._end()]
+
+    def _going_on(self, before: str, text: str) -> list[int]:
+        """Ids of ``text`` where it follows ``encode(before)``: nothing may mark a beginning where none is."""
+        head, whole = self.encode(before), self.encode(before + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+        if self.spaced:
+            anchor, anchored = self.encode(_ANCHOR), self.encode(_ANCHOR + text)
+            if anchor and anchored[: len(anchor)] == anchor:
+                return anchored[len(anchor) :]
+        return self.encode(text)
+
+    def _check_content(self, content: str) -> None:
+        ends = [token for token in self.encode(content) if token in self.eos_ids]
+        if ends:
+            name = self.decode(ends[:1], skip_special=False)
+            raise Refused(f"the answer holds the end token {name!r} in its text: serving would stop there")
+
+    def _end(self) -> int:
+        if not self.eos_ids:
+            raise Refused(
+                "the tokenizer names no end of an answer: set eos_token in tokenizer_config.json "
+                "or eos_token_id in generation_config.json"
+            )
+        return self.eos_ids[0]
+
+
+class TextStream:
+    """An answer as text while its ids arrive: no piece ever ends inside a character.
+
+    The pieces joined are ``decode`` of all ids. Stop strings are not looked for here.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the latest ids: enough to see how the next one is written
+        self._told = 0  # characters of the window's text that have been handed out
+        self._whole = 0  # ids of the window after which no character was unfinished
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain by these ids; '' while a character is unfinished."""
+        self._window += ids
+        text = self._tokenizer.decode(self._window)
+        piece = self._tell(text.rstrip(UNFINISHED))
+        if not text.endswith(UNFINISHED):
+            self._look_back_less()
+        return piece
+
+    def finish(self) -> str:
+        """What is left when no more ids come: bytes of a character that was never finished, as U+FFFD."""
+        return self._tell(self._tokenizer.decode(self._window))
+
+    def _tell(self, text: str) -> str:
+        piece = text[self._told :]
+        self._told = max(self._told, len(text))
+        return piece
+
+    def _look_back_less(self) -> None:
+        """Forget ids before the last whole character, so that a token of a long answer costs no more."""
+        if len(self._window) > _WINDOW:
+            kept = self._window[self._whole :]
+            told = len(self._tokenizer.decode(kept))
+            if told:  # special tokens alone would let a decoder take the next text for a beginning
+                self._window, self._told = kept, told
+        self._whole = len(self._window)
+
+
+def _load_fast(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # Not AutoTokenizer: some of its classes rebuild rules and add tokens. tokenizer.json decides.
+        return PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the file's faults surface as many kinds of error
+        raise Refused(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """tokenizer.json, parsed."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise Refused(
+            f"{folder} has no tokenizer.json; heliostat reads fast tokenizers only. "
+            "transformers makes one: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
+        )
+    content = _read_object(path)
+    if not isinstance(content.get("model"), dict):
+        raise Refused(f"{path} holds no tokenizer: it has no 'model'")
+    return content
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refused(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise Refused(f"{path} is damaged: it holds {type(content).__name__}, not an object")
+    return content
+
+
+def _eos_ids(folder: Path, fast: Any) -> tuple[int, ...]:
+    """The tokenizer's own end token first, then those of generation_config.json."""
+    ids = [] if fast.eos_token_id is None else [int(fast.eos_token_id)]
+    path = folder / "generation_config.json"
+    if path.is_file():
+        named = _read_object(path).get("eos_token_id")
+        named = named if isinstance(named, list) else [] if named is None else [named]
+        if any(type(token) is not int for token in named):
+            raise Refused(f"{path}: eos_token_id is {named!r}; it must be a token id or a list of them")
+        ids += named
+    return tuple(dict.fromkeys(ids))
+
+
+def _prefix(backend: Any) -> tuple[int, ...]:
+    """What stands before a text when special tokens are added. An end added behind it is no prompt's."""
+    plain = backend.encode("a", add_special_tokens=False).ids
+    full = backend.encode("a", add_special_tokens=True).ids
+    for place in range(len(full) - len(plain) + 1):
+        if full[place : place + len(plain)] == plain:
+            return tuple(full[:place])
+    raise Refused(
+        "the tokenizer gives a text other ids when it adds special tokens: such a one is not supported"
+    )
+
+
+def _is_spaced(backend: Any) -> bool:
+    once = backend.encode("a", add_special_tokens=False).ids
+    return bool(backend.decode(once + once) != "aa")
+
+
+def _size(backend: Any, pad: int | None) -> int:
+    """A padding token that stands behind all others does not count: padding never reaches a model."""
+    ids = set(backend.get_vocab(with_added_tokens=True).values())
+    if pad is not None and pad == max(ids):
+        ids.discard(pad)
+    return max(ids, default=-1) + 1
+
+
+def _digest(
+    content: Mapping[str, Any], fast: Any, size: int, eos_ids: Sequence[int], prefix: Sequence[int]
+) -> str:
+    """The same for folders that give all texts and conversations the same ids, however they were saved."""
+    rules = {key: value for key, value in content.items() if key not in _NOT_CONTENT}
+    model = {key: value for key, value in rules["model"].items() if value is not None and value is not False}
+    if isinstance(model.get("merges"), list):  # two spellings: "a b" and ["a", "b"]
+        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+    added = {
+        token: [str(t), t.special, t.normalized, t.lstrip, t.rstrip, t.single_word]
+        for token, t in fast.added_tokens_decoder.items()
+        if token < size
+    }
+    facts = {
+        "rules": {**rules, "model": model},
+        "added": sorted(added.items()),
+        "eos": list(eos_ids),
+        "prefix": list(prefix),
+        "template": fast.chat_template,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,332 @@
+"""What a run is asked to do: every argument once, with its help, its limits and what `auto` comes to.
+
+Arguments are named as in transformers and trl. A recipe never changes: `resolve` makes a new one in which
+every `auto` is a value. Reading, writing and other tools' spellings are in train.spellings. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from heliostat.errors import Refused
+from heliostat.family import SHARINGS, choose, sharing_named
+from heliostat.tasks.grade import METRICS
+
+Auto = Literal["auto"]
+Tuner = Literal["full", "lora"]
+Scheduler = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+READERS_OF_KEYS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linears that write no keys and values."""
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS: Mapping[str, tuple[str, ...]] = {"all": ALL_LINEARS, "query_side": READERS_OF_KEYS}
+"""What `auto` target_modules come to, by what the sharing tunes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What `auto` comes to for one sharing and tuner."""
+
+    learning_rate: float
+    lr_scheduler_type: Scheduler
+    warmup_ratio: float
+    weight_decay: float
+    r: int = 64
+
+
+ANY = "*"
+DEFAULTS: Mapping[tuple[str, str], Defaults] = {
+    ("independent", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
+    ("independent", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    ("sun", "full"): Defaults(1e-4, "linear", 0.1, 0.0),
+    ("sun", "lora"): Defaults(2e-4, "linear", 0.1, 0.0),
+    ("prefillshare", "full"): Defaults(1e-4, "cosine", 0.03, 0.1),
+    ("prefillshare", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    ("icarus", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
+    ("icarus", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
+    (ANY, "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
+    (ANY, "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+}
+"""By sharing and tuner; a sharing without a line of its own takes the line of ANY."""
+
+
+def _as_list(value: Any) -> Any:
+    """One path or name may be given without a list, several with commas between them."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _targets(value: Any) -> Any:
+    if value in ("auto", "all-linear", "all"):
+        return "auto" if value == "auto" else ALL_LINEARS
+    return _as_list(value)
+
+
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)
+]
+
+
+class Pace(BaseModel):
+    """How a run descends, logs and saves: what tuning and pretraining have in common."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
+
+    per_device_train_batch_size: Count = 8
+    """Examples that go through the model at once."""
+    gradient_accumulation_steps: Count = 1
+    """Batches whose gradients are added up for one optimizer step."""
+    adam_beta1: Share = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: Share = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: Positive = 1e-8
+    """Added to AdamW's denominator."""
+    max_grad_norm: Weight = 1.0
+    """Gradients longer than this are shortened to it; 0: never."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """With warmup_stable_decay: share of the steps in which the learning rate falls to zero."""
+    bf16: bool | Auto = "auto"
+    """Compute in bfloat16; auto: where the hardware is fast at it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Order of the data and initial values; the same seed gives the same run."""
+    logging_steps: Count = 10
+    """Steps from one log line to the next."""
+    eval_steps: int = Field(0, ge=0)
+    """Steps from one evaluation to the next; 0: only at the end."""
+    save_steps: int = Field(100, ge=0)
+    """Steps from one checkpoint to the next; 0: only at the end and on Ctrl-C."""
+    save_total_limit: Count = 2
+    """Checkpoints that are kept; older ones are removed."""
+    report_to: Literal["none"] = "none"
+    """Where else metrics go. So far nowhere: log.jsonl and the loss curve lie beside the result."""
+    resume_from_checkpoint: bool | Auto = "auto"
+    """auto: go on with an unfinished run of this recipe; true: refuse to begin anew; false: begin anew."""
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+class Recipe(Pace):
+    """How one member of a family is tuned."""
+
+    family: str = Field(min_length=1)
+    """Folder of the family, made by `heliostat init`."""
+    member: str = Field(min_length=1)
+    """Name of the new member."""
+    sharing: str = Field(description=f"What the member shares with the family: {', '.join(SHARINGS)}.")
+    data: Paths
+    """Training data: jsonl of messages, prompt/completion, alpaca, sharegpt or text records."""
+    eval_data: str | None = None
+    """Held-out data of the same kinds, for evaluation during the run and at its end."""
+    teacher: str | None = None
+    """Member or module whose answers are learned, not the data's; the data may then be prompts alone."""
+    tuner: Tuner = "full"
+    """full: all weights of the member's own module; lora: a low-rank adapter."""
+    r: Count | Auto | None = "auto"
+    """Rank of the adapter (tuner lora); auto: by sharing, and no more than fits the model's width."""
+    lora_alpha: Positive | Auto | None = "auto"
+    """The adapter is scaled by lora_alpha / r (tuner lora); auto: 2 r."""
+    target_modules: Annotated[Names | Auto | None, BeforeValidator(_targets)] = "auto"
+    """Linears with an adapter: q_proj,o_proj, or all-linear (tuner lora); auto: those the sharing leaves."""
+    learning_rate: Positive | Auto = "auto"
+    """Peak learning rate; auto: by sharing and tuner."""
+    lr_scheduler_type: Scheduler | Auto = "auto"
+    """How the learning rate falls: linear, cosine, constant or warmup_stable_decay; auto: by sharing."""
+    warmup_ratio: Share | Auto = "auto"
+    """Share of the steps in which the learning rate rises to its peak; auto: by sharing."""
+    weight_decay: Weight | Auto = "auto"
+    """Decay of weight matrices by AdamW; auto: by sharing."""
+    num_train_epochs: Positive = 1.0
+    """Times the data are gone through."""
+    max_steps: int = -1
+    """Optimizer steps, instead of num_train_epochs; -1: by epochs."""
+    max_length: int = Field(1024, ge=2)
+    """Most tokens of an example, prompt and answer together. See too_long for longer ones; none is cut."""
+    too_long: Literal["refuse", "skip"] = "refuse"
+    """Records longer than max_length: refuse the run, or skip and count them."""
+    packing: bool = False
+    """Fill rows of max_length with several documents. For text records only."""
+    skip_bad: bool = False
+    """Leave out lines that cannot be read, and count them, instead of refusing the run."""
+    metric: str = Field(METRICS[0], description=f"How answers to eval_data are graded: {', '.join(METRICS)}.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        sharing_named(self.sharing)
+        choose(self.metric, dict.fromkeys(METRICS), what="metric")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise Refused(f"max_steps is {self.max_steps}; it must be at least 1, or -1 for num_train_epochs")
+        given = [name for name in _LORA_ONLY if getattr(self, name) not in ("auto", None)]
+        if self.tuner == "full" and given:
+            raise Refused(
+                f"{', '.join(given)}: for tuner lora only, and tuner is full; say tuner: lora, or drop it"
+            )
+        return self
+
+    def resolve(self, *, bf16: bool, hidden_size: int) -> Settled:
+        """The same recipe with every `auto` a value.
+
+        ``bf16``: whether this hardware is fast at it. ``hidden_size``: the model's width, in channels.
+        """
+        defaults = DEFAULTS.get((self.sharing, self.tuner), DEFAULTS[ANY, self.tuner])
+        settled = {
+            "bf16": bf16,
+            "learning_rate": defaults.learning_rate,
+            "lr_scheduler_type": defaults.lr_scheduler_type,
+            "warmup_ratio": defaults.warmup_ratio,
+            "weight_decay": defaults.weight_decay,
+            **self._adapter(defaults, hidden_size),
+        }
+        return Settled(**_filled_in(self, settled))
+
+    def _adapter(self, defaults: Defaults, hidden_size: int) -> dict[str, Any]:
+        if self.tuner == "full":
+            return dict.fromkeys(_LORA_ONLY)
+        r = self.r if isinstance(self.r, int) else min(defaults.r, widest_rank(hidden_size))
+        return {"r": r, "lora_alpha": 2.0 * r, "target_modules": TARGETS[SHARINGS[self.sharing].targets]}
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the run."""
+        return (
+            self.max_steps
+            if self.max_steps > 0
+            else max(1, math.ceil(self.num_train_epochs * steps_per_epoch))
+        )
+
+
+_LORA_ONLY = ("r", "lora_alpha", "target_modules")
+
+
+class Settled(Recipe):
+    """A recipe without `auto`, as `resolve` makes it and as it is written beside the result."""
+
+    bf16: bool
+    r: Count | None
+    lora_alpha: Positive | None
+    target_modules: Names | None
+    learning_rate: Positive
+    lr_scheduler_type: Scheduler
+    warmup_ratio: Share
+    weight_decay: Weight
+
+    def warmup_steps(self, total: int) -> int:
+        """Steps of warm-up in a run of so many."""
+        return round(self.warmup_ratio * total)
+
+
+def _filled_in(recipe: Pace, settled: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a recipe, with the settled value wherever `auto` was asked for."""
+    asked = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return {
+        name: settled[name] if value == "auto" and name in settled else value for name, value in asked.items()
+    }
+
+
+def widest_rank(hidden_size: int) -> int:
+    """Largest power of two up to an eighth of the width: beyond it an adapter is hardly low-rank."""
+    return 1 << max(0, (hidden_size // 8).bit_length() - 1)
+
+
+class PretrainRecipe(Pace):
+    """How a base is made from scratch: its shape, its text, its schedule."""
+
+    output_dir: str = Field(min_length=1)
+    """Folder for the new checkpoint, in Hugging Face's layout."""
+    data: Paths = ("embedded",)
+    """Text: files of plain UTF-8 text, jsonl of the kinds `train` reads, or embedded: the built-in corpus."""
+    eval_data: str | None = None
+    """Held-out text; none: a small part of data is held out."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json; none: a byte-level BPE of vocab_size is trained on the data."""
+    architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    """Family of models whose layout is made."""
+    vocab_size: int = Field(1024, ge=260)
+    """Tokens of the tokenizer that is trained; with a tokenizer of its own, rows of the embedding."""
+    hidden_size: int = Field(192, ge=8)
+    """Width of the model."""
+    num_hidden_layers: Count = 6
+    """Transformer blocks."""
+    num_attention_heads: Count = 6
+    """Query heads."""
+    num_key_value_heads: Count = 2
+    """Key and value heads; query heads must be a multiple."""
+    head_dim: Count | Auto = "auto"
+    """Width of a head, even; auto: hidden_size / num_attention_heads."""
+    intermediate_size: Count = 512
+    """Width inside the feed-forward part."""
+    tie_word_embeddings: bool = True
+    """Whether the output layer is the embedding."""
+    max_position_embeddings: int = Field(1024, ge=2)
+    """Longest text the model is made for, in tokens."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary frequencies."""
+    max_length: int = Field(256, ge=2)
+    """Tokens of a packed row; a batch has per_device_train_batch_size x gradient_accumulation_steps rows."""
+    max_steps: Count = 1000
+    """Optimizer steps."""
+    learning_rate: Positive = 2e-3
+    """Peak learning rate."""
+    lr_scheduler_type: Scheduler = "warmup_stable_decay"
+    """How the learning rate falls: linear, cosine, constant or warmup_stable_decay."""
+    warmup_ratio: Share = 0.05
+    """Share of the steps in which the learning rate rises to its peak."""
+    weight_decay: Weight = 0.1
+    """Decay of weight matrices by AdamW."""
+    adam_beta2: Share = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> PretrainRecipe:
+        heads, width = self.num_attention_heads, self.hidden_size
+        if heads % self.num_key_value_heads:
+            raise Refused(
+                f"num_attention_heads {heads}: no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim == "auto" and width % heads:
+            raise Refused(f"hidden_size {width} is no multiple of num_attention_heads {heads}: give head_dim")
+        head_dim = width // heads if self.head_dim == "auto" else self.head_dim
+        if head_dim % 2:
+            raise Refused(f"head_dim is {head_dim}; rotary positions need an even one")
+        if self.max_length > self.max_position_embeddings:
+            raise Refused(
+                f"max_length {self.max_length}: above max_position_embeddings {self.max_position_embeddings}"
+            )
+        return self
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.max_length
+
+    def warmup_steps(self) -> int:
+        """Steps of warm-up."""
+        return round(self.warmup_ratio * self.max_steps)
+
+    def resolve(self, *, bf16: bool) -> SettledPretraining:
+        """The same recipe with every `auto` a value; ``bf16``: whether this hardware is fast at it."""
+        settled = {"bf16": bf16, "head_dim": self.hidden_size // self.num_attention_heads}
+        return SettledPretraining(**_filled_in(self, settled))
+
+
+class SettledPretraining(PretrainRecipe):
+    """A pretraining recipe without `auto`."""
+
+    bf16: bool
+    head_dim: Count
