@@ -1,0 +1,148 @@
+"""What the engine is asked for: how to sample, and a request with its row, tokens and progress. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from heliostat.errors import Refused
+from heliostat.family import Row
+
+FinishReason = Literal["stop", "length", "abort"]
+"""``stop``: end token or stop string; ``length``: max_tokens or the model's length; ``abort``: unwanted."""
+
+_LIMITS: Mapping[str, tuple[float, float]] = {
+    "max_tokens": (1, math.inf),
+    "min_tokens": (0, math.inf),
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "top_k": (0, math.inf),
+    "min_p": (0, 1),
+    "choice": (0, math.inf),
+    "logprobs": (0, math.inf),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How answer tokens are chosen. Noise is a function of (seed, choice, position), never of the batch.
+
+    Raises Refused for a value outside its limits.
+    """
+
+    max_tokens: int = 256
+    """Most answer tokens, the end token included."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps every token."""
+    min_p: float = 0.0
+    seed: int = 0
+    choice: int = 0
+    """Which of the n answers to one prompt this is; each has its own noise."""
+    min_tokens: int = 0
+    """Answer tokens before an end token may be chosen."""
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """Top log-probabilities to report with each answer token; 0: the chosen token's only; None: nothing."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high and value < math.inf):
+                raise Refused(f"{name} is {value!r}; allowed is {low:g} to {high:g}")
+        if self.top_p == 0:
+            raise Refused("top_p is 0, which keeps no token; allowed is above 0 to 1 (greedy: temperature 0)")
+        if self.min_tokens > self.max_tokens:
+            raise Refused(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        if "" in self.stop:
+            raise Refused("an empty stop string would end every answer before it begins")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise Refused(f"logit_bias of token {token} is {bias!r}; allowed is -100 to 100")
+
+
+class State(StrEnum):
+    """Where a request stands: ``new`` until the scheduler has it; a preempted one is ``waiting`` again."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt to answer through one row. Raises Refused for an empty prompt.
+
+    The fields below ``answer`` belong to the scheduler: nobody else changes them.
+    """
+
+    id: str
+    _: KW_ONLY
+    row: Row
+    digests: Mapping[str, str]
+    """Digest of each module of the row when the request came in. Page keys are made of these, so a module
+    that is loaded again under its name with other weights never meets the old one's pages."""
+    prompt: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    member: str = ""
+    """Whose counters it goes to; nothing is decided by it."""
+    salt: str = ""
+    """The tenant's: different salts never share a page. Set by the server, never by the user."""
+
+    answer: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Positions whose keys and values are in ``pages``: computed <= length."""
+    pages: list[int] = field(default_factory=list)
+    """Page numbers in the order of positions; page i holds positions [i * S, (i + 1) * S)."""
+    page_keys: list[bytes | None] = field(default_factory=list)
+    """Keys of its full pages, remembered as PageTable.key_of finds them."""
+    state: State = State.NEW
+    finish_reason: FinishReason | None = None
+    arrival: int = -1
+    """Place in the order of arrival; a preempted request keeps its own."""
+    preemptions: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that never had to run because their pages were there already."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise Refused(f"request {self.id!r} has an empty prompt; the least is one token")
+
+    @property
+    def length(self) -> int:
+        """Known tokens: the prompt and the answer so far."""
+        return len(self.prompt) + len(self.answer)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt + tuple(self.answer)
+
+    def token_ids(self, start: int, stop: int) -> list[int]:
+        """Token ids at positions [start, stop), without a copy of the whole."""
+        n = len(self.prompt)
+        return [*self.prompt[start:stop], *self.answer[max(start - n, 0) : max(stop - n, 0)]]
+
+    @property
+    def boundary(self) -> int:
+        """First position that the answer_writer writes."""
+        return self.row.boundary(len(self.prompt))
+
+    def writer_of(self, position: int) -> str:
+        """Module whose keys and values stand at ``position``."""
+        return self.row.writer_at(position, len(self.prompt))
+
+    def speaker_of(self, position: int) -> str:
+        """Module whose logits at ``position`` choose the token after it."""
+        return self.row.speaker_at(position, len(self.prompt))

@@ -1,0 +1,297 @@
+"""What runs in the next step: continuous batching, chunked prefill, admission, preemption, abort. No torch.
+
+It knows rows and positions, and no module's weights; ``batch`` makes passes of what it decides.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from heliostat.engine.page_table import PageTable
+from heliostat.engine.request import FinishReason, Request, State
+from heliostat.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions [start, stop) of a request, all written by ``writer``. Decoding is a chunk of one position.
+
+    ``speaker`` is the module whose logits at stop - 1 choose the next token; None where that token is known.
+    ``pages`` are the request's pages up to stop, as they were when this was scheduled.
+    """
+
+    request: Request
+    start: int
+    stop: int
+    writer: str
+    speaker: str | None
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What runs together: at most one chunk a request, in the order of arrival."""
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[Request, ...] = ()
+
+
+class Scheduler:
+    """Decides step by step: ``add``, then ``schedule``, run it, ``commit``, while ``unfinished``.
+
+    First come, first served. Where pages run out the latest arrival gives up its own, and later replays
+    every token through its own writer. The earliest running request always gets on, and whatever was accepted
+    fits the pool by itself: every request ends, however small the pool. A step is empty only if nothing is
+    unfinished.
+    """
+
+    def __init__(
+        self,
+        table: PageTable,
+        *,
+        max_length: int,
+        max_tokens_per_step: int = 2048,
+        max_running: int = 64,
+        eos_ids: Collection[int] = (),
+    ) -> None:
+        """At most ``max_length`` tokens a request, prompt and answer, and ``max_tokens_per_step`` positions a step."""
+        if not 1 <= max_running <= max_tokens_per_step:
+            raise Refused(
+                f"max_running {max_running} with max_tokens_per_step {max_tokens_per_step}: allowed is 1 to "
+                "max_tokens_per_step, so that every running request can get on in every step"
+            )
+        self.table = table
+        self.max_length = max_length
+        self.max_tokens_per_step = max_tokens_per_step
+        self.max_running = max_running
+        self.eos_ids = frozenset(eos_ids)
+        self.waiting: list[Request] = []  # both in the order of arrival
+        self.running: list[Request] = []
+        self._requests: dict[str, Request] = {}
+        self._arrivals = 0
+        self._in_flight: Step | None = None
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Take a new request in; Refused, with the numbers, if it could never finish."""
+        assert request.state is State.NEW, f"{request.id!r} was added before"
+        if request.id in self._requests:
+            raise Refused(f"there is already an unfinished request {request.id!r}")
+        self._refuse_too_long(request)
+        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        request.state = State.WAITING
+        self._requests[request.id] = request
+        self.waiting.append(request)
+
+    def _refuse_too_long(self, request: Request) -> None:
+        prompt, table = len(request.prompt), self.table
+        if prompt >= self.max_length:
+            raise Refused(
+                f"the prompt has {prompt} tokens and the model's length is {self.max_length}: "
+                f"a prompt of at most {self.max_length - 1} leaves room for an answer"
+            )
+        total = min(prompt + request.sampling.max_tokens, self.max_length)
+        pages = table.pages_for(total - 1)  # the last token is not read again, so it is never written
+        room = table.pages * table.page_size + 1
+        if pages > table.pages:
+            raise Refused(
+                f"{prompt} prompt tokens and an answer of up to {total - prompt} need {pages} pages of "
+                f"{table.page_size}; the pool has {table.pages}, for {room} tokens. "
+                "Ask for fewer max_tokens, shorten the prompt, or give the engine more pages"
+            )
+
+    def finish(self, request_id: str, reason: FinishReason = "abort") -> bool:
+        """End a request now, in whatever state, and release its pages; False if there is none unfinished.
+
+        Between ``schedule`` and ``commit`` too: the step then still writes into the pages, but nobody gets
+        them before it is committed, and what it says for this request is dropped.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request, reason)
+        return True
+
+    def schedule(self) -> Step:
+        """The next step; it must be committed or abandoned before the one after it is scheduled."""
+        assert self._in_flight is None, "the step before was neither committed nor abandoned"
+        writing = _Writing(self.table)
+        stops = self._stops(writing)
+        chunks, preempted = self._reserve(stops)
+        if not preempted:  # else a later arrival could take the pages that an earlier one just gave up
+            budget = self.max_tokens_per_step - sum(c.stop - c.start for c in chunks)
+            chunks += self._admit(writing, budget=budget)
+            chunks.sort(key=lambda chunk: chunk.request.arrival)
+        self._in_flight = Step(tuple(chunks), tuple(preempted))
+        return self._in_flight
+
+    def commit(self, step: Step, tokens: Mapping[str, int]) -> list[Request]:
+        """The step has run and chose ``tokens`` (request id -> token id, one for each chunk with a speaker).
+
+        Returns the requests that it finished.
+        """
+        assert step is self._in_flight, "only the step that was scheduled last can be committed, once"
+        self._in_flight = None
+        finished = []
+        for chunk in step.chunks:
+            request = chunk.request
+            if request.state is not State.RUNNING:  # ended while the step was running
+                continue
+            request.computed = chunk.stop
+            for index in _completed(chunk.start, chunk.stop, self.table.page_size):
+                self.table.publish(request, index)
+            if chunk.speaker is None:
+                continue
+            request.answer.append(tokens[request.id])
+            if (reason := self._reason_to_end(request)) is not None:
+                self._end(request, reason)
+                finished.append(request)
+        return finished
+
+    def abandon(self, step: Step) -> None:
+        """The step did not run, or not to its end: its positions are still to be computed."""
+        assert step is self._in_flight
+        self._in_flight = None
+
+    def _stops(self, writing: _Writing) -> dict[str, int]:
+        """How far each running request should get: decoding ones first, then prefills, by arrival."""
+        # max_running <= max_tokens_per_step leaves at least one position for the earliest prefill.
+        stops: dict[str, int] = {}
+        budget = self.max_tokens_per_step
+        for request in sorted(self.running, key=lambda r: r.length - r.computed > 1):
+            if request.computed == len(request.pages) * self.table.page_size:
+                self._take(request, self.table.match(request))
+            if not budget or writing.by_earlier(request, len(request.pages)):
+                continue
+            stops[request.id] = stop = _stop(request, budget)
+            writing.note(request, stop)
+            budget -= stop - request.computed
+        return stops
+
+    def _reserve(self, stops: Mapping[str, int]) -> tuple[list[Chunk], list[Request]]:
+        """Pages for every chunk, by arrival: a victim arrived later, so it has no chunk in this step yet."""
+        chunks: list[Chunk] = []
+        preempted: list[Request] = []
+        for request in tuple(self.running):
+            if request.state is State.RUNNING and request.id in stops:
+                preempted += self._make_room(request, stops[request.id])
+                if request.state is State.RUNNING:
+                    chunks.append(self._chunk(request, stops[request.id]))
+        return chunks, preempted
+
+    def _make_room(self, request: Request, stop: int) -> list[Request]:
+        preempted = []
+        while self.table.available() < self.table.pages_for(stop) - len(request.pages):
+            preempted.append(victim := self.running.pop())
+            self._preempt(victim)
+            if victim is request:
+                break
+        return preempted
+
+    def _preempt(self, request: Request) -> None:
+        self.table.release(request.pages)
+        request.pages.clear()
+        request.computed = 0
+        request.preemptions += 1
+        request.state = State.WAITING
+        bisect.insort(self.waiting, request, key=_arrival)
+
+    def _admit(self, writing: _Writing, *, budget: int) -> list[Chunk]:
+        """First come, first served; only who waits for a page that is just being written is overtaken."""
+        chunks: list[Chunk] = []
+        for request in tuple(self.waiting):
+            if not budget or len(self.running) >= self.max_running:
+                break
+            cached = self.table.match(request)
+            if writing.by_earlier(request, len(cached)):
+                continue
+            # Room for all it knows, not only for its first chunk: else it would soon be preempted again.
+            if self.table.pages_for(request.length) - len(cached) > self.table.available(without=cached):
+                break
+            self._start(request, cached)
+            stop = _stop(request, budget)
+            writing.note(request, stop)
+            chunks.append(self._chunk(request, stop))
+            budget -= stop - chunks[-1].start
+        return chunks
+
+    def _start(self, request: Request, cached: list[int]) -> None:
+        if not request.preemptions:
+            self.table.counters.queries += request.length
+        self._take(request, cached)
+        request.state = State.RUNNING
+        self.waiting.remove(request)
+        bisect.insort(self.running, request, key=_arrival)
+
+    def _take(self, request: Request, cached: list[int]) -> None:
+        self.table.take(request, cached)
+        request.pages += cached
+        request.computed += len(cached) * self.table.page_size
+        if not request.preemptions:
+            request.cached_tokens += len(cached) * self.table.page_size
+
+    def _chunk(self, request: Request, stop: int) -> Chunk:
+        start, table = request.computed, self.table
+        request.pages += table.allocate(table.pages_for(stop) - len(request.pages))
+        table.assert_writable(request.pages[start // table.page_size :])
+        speaker = request.speaker_of(stop - 1) if stop == request.length else None
+        return Chunk(request, start, stop, request.writer_of(start), speaker, tuple(request.pages))
+
+    def _reason_to_end(self, request: Request) -> FinishReason | None:
+        sampling, answered = request.sampling, len(request.answer)
+        if request.answer[-1] in self.eos_ids and not sampling.ignore_eos and answered > sampling.min_tokens:
+            return "stop"
+        if answered >= sampling.max_tokens or request.length >= self.max_length:
+            return "length"
+        return None
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        (self.running if request.state is State.RUNNING else self.waiting).remove(request)
+        del self._requests[request.id]
+        self.table.release(request.pages)
+        request.pages.clear()
+        request.state, request.finish_reason = State.FINISHED, reason
+
+
+class _Writing:
+    """Pages that a step completes, by key: who needs one next waits for it instead of computing a twin.
+
+    One waits only for a request that arrived earlier, so the earliest never waits for anybody.
+    """
+
+    def __init__(self, table: PageTable) -> None:
+        self._table = table
+        self._arrivals: dict[bytes, int] = {}
+
+    def note(self, request: Request, stop: int) -> None:
+        for index in _completed(request.computed, stop, self._table.page_size):
+            if (key := self._table.key_of(request, index)) is not None:
+                self._arrivals[key] = min(request.arrival, self._arrivals.get(key, request.arrival))
+
+    def by_earlier(self, request: Request, index: int) -> bool:
+        """Whether the request's page ``index``, where it goes on, is being written for an earlier arrival."""
+        size = self._table.page_size
+        if request.computed < len(request.pages) * size or index >= (request.length - 1) // size:
+            return False  # it goes on inside a page of its own, or must run that page for its logits
+        key = self._table.key_of(request, index)
+        return key is not None and self._arrivals.get(key, request.arrival) < request.arrival
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival
+
+
+def _stop(request: Request, budget: int) -> int:
+    """End of the next chunk: what is known and affordable, and never across the boundary."""
+    start, boundary = request.computed, request.boundary
+    return min(request.length, start + budget, boundary if start < boundary else request.length)
+
+
+def _completed(start: int, stop: int, page_size: int) -> range:
+    """Pages that positions [start, stop) fill to the end."""
+    return range(start // page_size, stop // page_size)
