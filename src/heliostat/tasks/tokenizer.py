@@ -1,6 +1,7 @@
 """Builds the embedded base's tokenizer: byte-level BPE of 1024 tokens, trained on the corpus, as Hugging Face files."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,8 +23,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def train(*, seed: int = 0, n: int = 20_000, vocabulary: int = 1024) -> Tokenizer:
-    """A tokenizer of exactly `vocabulary` entries, from n documents of the corpus; digits stand alone."""
+def train(
+    *, seed: int = 0, n: int = 20_000, vocabulary: int = 1024, texts: Iterable[str] | None = None
+) -> Tokenizer:
+    """A tokenizer of at most `vocabulary` entries, from `texts` or n documents of the corpus; digits stand alone."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -35,7 +38,7 @@ def train(*, seed: int = 0, n: int = 20_000, vocabulary: int = 1024) -> Tokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(seed, n), trainer)
+    tokenizer.train_from_iterator(_texts(seed, n) if texts is None else texts, trainer)
     return tokenizer
 
 

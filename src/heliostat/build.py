@@ -1,0 +1,197 @@
+"""A family on disk and its modules in memory: reading, writing, checking digests, loading what a row needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from heliostat.errors import Refused
+from heliostat.family import BASE, Family, Module
+from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
+from heliostat.linear.adapter import adapter_parameters, digest_adapter, is_adapter, load_adapter
+from heliostat.linear.lora import Route, whole
+from heliostat.model.config import ModelConfig, read_config
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.model.transformer import Transformer
+from heliostat.model.weights import checkpoint_facts, digest_folder, load_transformer, weight_files
+
+FAMILY = "family.json"
+MODULES = "modules"
+RUNS = "runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A module in memory. Modules that are adapters on the same weights hold the same ``model`` object."""
+
+    name: str
+    digest: str
+    weights: str
+    model: Transformer
+    adapter: str | None = None
+
+    @property
+    def route(self) -> Route:
+        """The route of a pass that runs this module alone."""
+        return whole(self.adapter)
+
+
+def read_family(folder: Path) -> Family:
+    """The family in ``folder``; a folder without one is refused with the command that makes it."""
+    path = Path(folder) / FAMILY
+    if not path.is_file():
+        raise Refused(f"{folder} is no family (no {FAMILY}); make one: heliostat init {folder} --base PATH")
+    return Family.from_json(read_json(path))
+
+
+def write_family(folder: Path, family: Family) -> None:
+    """Replace family.json, whole or not at all."""
+    atomic_write_text(Path(folder) / FAMILY, json.dumps(family.to_json(), indent=2) + "\n")
+
+
+def changing(folder: Path) -> AbstractContextManager[None]:
+    """Hold this while reading, changing and writing family.json, so that two commands at once lose nothing."""
+    return locked(Path(folder) / f"{FAMILY}.lock")
+
+
+def init_family(folder: Path, base: Path) -> Family:
+    """Make a family around an ordinary Hugging Face checkpoint, which is copied into it."""
+    folder, base = Path(folder), Path(base)
+    if (folder / FAMILY).exists():
+        raise Refused(f"{folder} is already a family; choose another folder, or remove it first")
+    if not base.is_dir():
+        raise Refused(f"{base} is no folder; --base takes a Hugging Face checkpoint on this disk")
+    config = read_config(base)
+    files = weight_files(base)
+    tokenizer = Tokenizer.load(base)
+    _check_vocabulary(tokenizer, config)
+    load_transformer(base, config, dtype=torch.bfloat16)  # refuses missing or foreign tensors before anything is copied
+    with atomic_directory(folder / BASE) as partial:
+        for file in sorted({*files, *(p for p in base.iterdir() if p.is_file() and _belongs(p))}):
+            shutil.copy2(file, partial / file.name)
+    digest = digest_folder(folder / BASE, weight_files(folder / BASE), checkpoint_facts(folder / BASE))
+    module = Module(BASE, BASE, digest, parameters=config.parameters)
+    family = Family({BASE: module}, {}, tokenizer.digest)
+    write_family(folder, family)
+    return family
+
+
+def _belongs(path: Path) -> bool:
+    """Small files of a checkpoint: configuration, tokenizer, template, card, licence; never weights or pickles."""
+    named = path.name.lower().startswith(("license", "licence", "notice", "readme"))
+    return named or path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json") or (
+        path.name.endswith(".safetensors.index.json")
+    )
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    if tokenizer.size > config.vocabulary:
+        raise Refused(f"the tokenizer has {tokenizer.size} tokens, the model only {config.vocabulary}")
+
+
+def module_folder(folder: Path, module: Module) -> Path:
+    return Path(folder) / module.path
+
+
+def module_digest(folder: Path, family: Family, name: str, *, fresh: bool = False) -> str:
+    """Digest of a module's files as they are now; ``fresh`` reads every byte again."""
+    module = family.module(name)
+    path = module_folder(folder, module)
+    if module.base is not None:
+        return digest_adapter(path, module_digest(folder, family, module.base, fresh=fresh), fresh=fresh)
+    return digest_folder(path, weight_files(path), checkpoint_facts(path), fresh=fresh)
+
+
+def describe_module(folder: Path, name: str, path: str, *, base: str | None, family: Family) -> Module:
+    """The family's entry for a module whose files lie in ``path`` (relative): digest and size are computed."""
+    full = Path(folder) / path
+    if base is None:
+        digest = digest_folder(full, weight_files(full), checkpoint_facts(full))
+        return Module(name, path, digest, parameters=read_config(full).parameters)
+    digest = digest_adapter(full, family.module(base).digest)
+    return Module(name, path, digest, base=base, parameters=adapter_parameters(full))
+
+
+def verify_module(folder: Path, family: Family, name: str, *, fresh: bool = False) -> None:
+    """Refuse a module whose files are not those the family remembers."""
+    module = family.module(name)
+    now = module_digest(folder, family, name, fresh=fresh)
+    if now != module.digest:
+        users = sorted(m.name for m in family.members.values() if name in m.row.modules)
+        mend = "put the original files back, or make a new family from the changed ones: heliostat init NEW --base " + str(
+            module_folder(folder, module)
+        )
+        raise Refused(
+            f"module {name!r} changed: family.json has digest {module.digest[:12]}, its files have {now[:12]}. "
+            f"Members tuned with it ({', '.join(users) or 'none'}) would answer wrongly; {mend}"
+        )
+
+
+def verify_member(family: Family, name: str) -> None:
+    """Refuse a member whose row now points to other weights than it was tuned with."""
+    member = family.member(name)
+    for module, digest in member.digests.items():
+        if family.module(module).digest != digest:
+            raise Refused(
+                f"member {name!r} was tuned with {module!r} of digest {digest[:12]}, the family now has "
+                f"{family.module(module).digest[:12]}: tune it again (heliostat train ... --member {name})"
+            )
+
+
+def load_modules(
+    folder: Path, family: Family, names: Iterable[str], *, dtype: torch.dtype, device: str = "cpu", verify: bool = True
+) -> dict[str, Loaded]:
+    """The named modules in memory, frozen; each set of weights is loaded once, adapters are put on it."""
+    models: dict[str, Transformer] = {}
+    loaded: dict[str, Loaded] = {}
+    for name in dict.fromkeys(names):
+        module = family.module(name)
+        if verify:
+            verify_module(folder, family, name)
+        if module.weights not in models:
+            path = module_folder(folder, family.module(module.weights))
+            models[module.weights] = load_transformer(path, read_config(path), dtype=dtype, device=device)
+        model = models[module.weights]
+        if module.base is not None:
+            load_adapter(module_folder(folder, module), model, name)
+        loaded[name] = Loaded(name, module.digest, module.weights, model, name if module.base else None)
+    return loaded
+
+
+def load_tokenizer(folder: Path, family: Family) -> Tokenizer:
+    """The family's one tokenizer, its digest checked."""
+    tokenizer = Tokenizer.load(Path(folder) / BASE)
+    if tokenizer.digest != family.tokenizer:
+        raise Refused(
+            f"the tokenizer in {Path(folder) / BASE} changed: family.json has digest {family.tokenizer[:12]}, "
+            f"its files have {tokenizer.digest[:12]}; put the original files back"
+        )
+    return tokenizer
+
+
+def best_dtype(device: str = "cpu") -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32 (emulated bfloat16 is many times slower)."""
+    if device != "cpu":
+        return torch.bfloat16
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32
+
+
+def config_of(folder: Path, family: Family, module: str = BASE) -> ModelConfig:
+    """Shape of a module: that of the weights it runs on."""
+    return read_config(module_folder(folder, family.module(family.module(module).weights)))
+
+
+def modules_of(family: Family, members: Iterable[str]) -> list[str]:
+    """Every module that the rows of these members name, each once."""
+    rows: Mapping[str, None] = dict.fromkeys(name for m in members for name in family.row(m).modules)
+    return list(rows)
+
+

@@ -1,0 +1,131 @@
+"""The engine of one process: schedule, run, sample, hand out text, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from heliostat.build import Loaded
+from heliostat.engine.answer import Spoken
+from heliostat.engine.batch import passes_of
+from heliostat.engine.page_table import PageTable
+from heliostat.engine.paged import PagePool
+from heliostat.engine.request import FinishReason, Request
+from heliostat.engine.runner import Runner
+from heliostat.engine.sampler import Draw, Sampled, sample
+from heliostat.engine.scheduler import Scheduler
+from heliostat.errors import Refused
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.model.transformer import Transformer
+
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step added to one answer."""
+
+    request: Request
+    text: str
+    """Certain text, possibly empty: a character or a stop string may still be open."""
+    sampled: Sampled | None
+    finish_reason: FinishReason | None = None
+
+
+class Engine:
+    """Answers requests of any mix of rows in one batch. Not thread-safe: one owner calls add, abort and step."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, Loaded],
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        pages: int,
+        page_size: int = PAGE_SIZE,
+        max_running: int = 64,
+        max_tokens_per_step: int = 2048,
+    ) -> None:
+        """``modules`` are those that the rows of requests may name; all of one shape, on one device."""
+        if not modules:
+            raise Refused("an engine needs at least one module")
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.runner = Runner(modules, pages=pages, page_size=page_size)
+        kind = str(self.runner.pool.keys.dtype)
+        # The same weights in another number format write other keys and values: the format is part of the writer.
+        self.digests = {name: f"{module.digest}/{kind}" for name, module in modules.items()}
+        self._runs = {name: (module.weights, module.adapter) for name, module in modules.items()}
+        self.table = PageTable(pages, page_size=page_size)
+        self.scheduler = Scheduler(
+            self.table,
+            max_length=max_length,
+            max_running=max_running,
+            max_tokens_per_step=max_tokens_per_step,
+            eos_ids=tokenizer.eos_ids,
+        )
+        self._spoken: dict[str, Spoken] = {}
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that still wait or run."""
+        return self.scheduler.unfinished
+
+    def add(self, request: Request) -> None:
+        """Take a request in. Raises Refused where it can never run here."""
+        missing = [name for name in request.row.modules if name not in self._runs]
+        if missing:
+            raise Refused(f"module {', '.join(missing)} is not loaded; loaded are {', '.join(sorted(self._runs))}")
+        size = self.runner.models[self._runs[request.row.speaker][0]].config.vocabulary
+        if not all(0 <= token < size for token in request.prompt):
+            raise Refused(f"the prompt holds token ids outside [0, {size})")
+        self.scheduler.add(request)
+        self._spoken[request.id] = Spoken.begin(self.tokenizer, request.sampling.stop)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it stands; its pages are free at once. False if it is not here (any more)."""
+        self._spoken.pop(request_id, None)
+        return self.scheduler.finish(request_id, "abort")
+
+    def step(self) -> list[Piece]:
+        """One step; what it added to each answer that got a token. Empty when nothing is unfinished."""
+        if not self.unfinished:
+            return []
+        step = self.scheduler.schedule()
+        try:
+            requests, logits = self.runner.run(passes_of(step, self._runs, page_size=self.table.page_size))
+            drawn = sample(logits, [Draw(r.sampling, r.answer, self.tokenizer.eos_ids) for r in requests])
+        except BaseException:
+            self.scheduler.abandon(step)
+            raise
+        finished = self.scheduler.commit(step, {r.id: s.token for r, s in zip(requests, drawn, strict=True)})
+        assert all(request.finish_reason for request in finished)
+        return [self._piece(r, s) for r, s in zip(requests, drawn, strict=True)]
+
+    def _piece(self, request: Request, sampled: Sampled) -> Piece:
+        spoken = self._spoken[request.id]
+        ended = request.finish_reason == "stop"  # the end token itself is no text
+        text = "" if ended else spoken.push(sampled.token)
+        if spoken.stopped and request.finish_reason is None:
+            self.scheduler.finish(request.id, "stop")
+        if request.finish_reason is not None:
+            text += spoken.finish()
+            del self._spoken[request.id]
+            reason: FinishReason | None = "stop" if spoken.stopped else request.finish_reason
+            request.finish_reason = reason
+        return Piece(request, text, sampled, request.finish_reason)
+
+
+def pages_that_fit(model: Transformer, *, max_length: int, max_running: int, cache_mib: int) -> int:
+    """Pages for ``max_running`` requests of full length, or as many as ``cache_mib`` holds if that is fewer.
+
+    Raises Refused, with the numbers, where not even one request of full length fits.
+    """
+    each = PagePool.bytes_per_page(model.config, page_size=PAGE_SIZE, dtype=model.dtype)
+    one = -(-max_length // PAGE_SIZE)
+    fitting = cache_mib * 2**20 // each
+    if fitting < one:
+        raise Refused(
+            f"a request of {max_length} tokens needs {one * each / 2**20:.1f} MiB of pages, cache_mib is {cache_mib}: "
+            "raise it, or lower max_length"
+        )
+    return min(fitting, one * max_running)

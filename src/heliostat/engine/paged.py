@@ -1,0 +1,41 @@
+"""Where keys and values live when serving: a pool of pages for every layer, and the paged body of the seam."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from heliostat.model.config import ModelConfig
+from heliostat.ops.attention import PagedGroup, paged_attention
+
+
+class PagePool:
+    """Keys and values of all layers, [L, P, S, K, D] each. Modules of one family have one shape and share a pool."""
+
+    def __init__(self, config: ModelConfig, *, pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_page(config: ModelConfig, *, page_size: int, dtype: torch.dtype) -> int:
+        """Memory of one page over all layers, keys and values, bytes."""
+        return page_size * config.kv_values_per_token * dtype.itemsize
+
+
+class Paged:
+    """The seam of one pass: some rows write their keys and values into slots, all rows ask over pages."""
+
+    def __init__(self, pool: PagePool, *, writes: Tensor, slots: Tensor, groups: Sequence[PagedGroup]) -> None:
+        """``writes`` [W]: rows of the pass that write; ``slots`` [W]: page * S + place for each of them."""
+        self.pool, self.writes, self.slots, self.groups = pool, writes, slots, groups
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, H, D], k and v [T, K, D] -> [T, H, D]. A row sees what it and the rows before it wrote in this pass."""
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if self.writes.numel():
+            keys.flatten(0, 1).index_copy_(0, self.slots, k[self.writes].to(keys.dtype))
+            values.flatten(0, 1).index_copy_(0, self.slots, v[self.writes].to(values.dtype))
+        return paged_attention(q, keys, values, self.groups)

@@ -1,0 +1,76 @@
+"""Runs the passes of a step: lists from ``batch`` become tensors here, and logits come back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from heliostat.build import Loaded
+from heliostat.engine.batch import Entry, Pass
+from heliostat.engine.paged import Paged, PagePool
+from heliostat.engine.request import Request
+from heliostat.model.transformer import Transformer
+from heliostat.ops.attention import PagedGroup
+
+
+class Runner:
+    """Modules and the page pool they write to. Knows no request's past and decides nothing."""
+
+    def __init__(self, modules: Mapping[str, Loaded], *, pages: int, page_size: int) -> None:
+        """All modules must have the shape of one config; the pool is float32 if any of them is."""
+        models = {module.weights: module.model for module in modules.values()}
+        first = next(iter(models.values()))
+        kinds = {model.dtype for model in models.values()}
+        dtype = torch.float32 if torch.float32 in kinds else first.dtype
+        self.models: dict[str, Transformer] = models
+        self.pool = PagePool(first.config, pages=pages, page_size=page_size, dtype=dtype, device=str(first.device))
+        self.device = first.device
+
+    @torch.inference_mode()
+    def run(self, passes: Sequence[Pass]) -> tuple[list[Request], Tensor]:
+        """Run the passes in order; returns the requests that get a token and their logits [N, V] (float32)."""
+        requests: list[Request] = []
+        logits: list[Tensor] = []
+        for each in passes:
+            hidden = self._forward(each)
+            if each.sampled:
+                rows = [row for row, _ in each.sampled]
+                logits.append(self.models[each.weights].logits(hidden[rows]).float())
+                requests += [request for _, request in each.sampled]
+        return requests, torch.cat(logits) if logits else torch.empty(0, 0)
+
+    def _forward(self, each: Pass) -> Tensor:
+        """Hidden states [T, E] of one pass."""
+        seam = Paged(
+            self.pool,
+            writes=self._tensor(each.write_rows),
+            slots=self._tensor(each.write_slots),
+            groups=[self._group(entries) for entries in by_queries(each.entries)],
+        )
+        route = [(segment.adapter, segment.start, segment.stop) for segment in each.segments]
+        return self.models[each.weights](self._tensor(each.tokens), self._tensor(each.positions), seam, route)
+
+    def _group(self, entries: Sequence[Entry]) -> PagedGroup:
+        size = self.pool.keys.shape[2]
+        needed = [-(-max(entry.visible) // size) for entry in entries]
+        longest = max(needed)
+        pages = [
+            [*entry.pages[:count], *[entry.pages[0]] * (longest - count)]
+            for entry, count in zip(entries, needed, strict=True)
+        ]
+        rows, visible = [entry.rows for entry in entries], [entry.visible for entry in entries]
+        return PagedGroup(self._tensor(rows), self._tensor(pages), self._tensor(visible))
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def by_queries(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Entries with the same number of queries together, so that each group is one attention call."""
+    groups: defaultdict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[len(entry.rows)].append(entry)
+    return list(groups.values())

@@ -1,0 +1,103 @@
+"""From logits to the next token: every sampling field, with noise that depends on the request alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heliostat.engine.request import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One token to choose: the wishes of its request, and the answer so far."""
+
+    sampling: Sampling
+    answer: Sequence[int]
+    eos: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen token; with log-probabilities (nats, before temperature and cuts) where they were asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int, choice: int, place: int) -> float:
+    """The one random number in [0, 1) for a place in an answer: a function of its arguments, never of the batch."""
+    digest = hashlib.blake2b(f"{seed}|{choice}|{place}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+    """Choose one token for each row of ``logits`` [N, V] (float32, not changed)."""
+    steered = _steer(logits, draws)
+    tokens = steered.argmax(dim=-1)
+    warm = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
+    if warm:
+        tokens[warm] = _draw(steered[warm], [draws[row] for row in warm])
+    return _report(logits, tokens.tolist(), draws)
+
+
+def _steer(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits after bias, penalties on the answer so far, and end tokens held back until ``min_tokens``."""
+    out = logits
+    for row, draw in enumerate(draws):
+        wish, count = draw.sampling, len(draw.answer)
+        held = list(draw.eos) if count < wish.min_tokens else []
+        penalised = (wish.presence_penalty or wish.frequency_penalty) and count
+        if not (held or penalised or wish.logit_bias):
+            continue
+        if out is logits:
+            out = logits.clone()
+        for token, bias in (wish.logit_bias or {}).items():
+            out[row, token] += bias
+        if penalised:
+            seen = Counter(draw.answer)
+            times = torch.tensor(list(seen.values()), dtype=out.dtype, device=out.device)
+            out[row, list(seen)] -= wish.presence_penalty + wish.frequency_penalty * times
+        out[row, held] = torch.finfo(out.dtype).min
+    return out
+
+
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Sample each row [N, V]: temperature, then top-k, min-p and top-p, then the inverse of the distribution function."""
+    wishes = [draw.sampling for draw in draws]
+    column = {
+        "temperature": [max(w.temperature, 1e-5) for w in wishes],
+        "top_k": [w.top_k or logits.shape[1] for w in wishes],
+        "top_p": [w.top_p for w in wishes],
+        "min_p": [w.min_p for w in wishes],
+        "noise": [uniform(w.seed, w.choice, len(d.answer)) for w, d in zip(wishes, draws, strict=True)],
+    }
+    t = {name: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None] for name, values in column.items()}
+    chances, order = (logits.double() / t["temperature"]).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = chances.cumsum(-1) - chances
+    keep = torch.arange(chances.shape[1], device=logits.device) < t["top_k"]
+    keep &= (before < t["top_p"]) & (chances >= t["min_p"] * chances[:, :1])
+    keep[:, 0] = True
+    reach = (chances * keep).cumsum(-1)
+    place = torch.searchsorted(reach, t["noise"] * reach[:, -1:], right=True).clamp(max=chances.shape[1] - 1)
+    return order.gather(1, place).squeeze(1)
+
+
+def _report(logits: Tensor, tokens: list[int], draws: Sequence[Draw]) -> list[Sampled]:
+    found = [Sampled(token) for token in tokens]
+    asked = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
+    if not asked:
+        return found
+    chances = logits[asked].log_softmax(-1)
+    for place, row in enumerate(asked):
+        count = draws[row].sampling.logprobs or 0
+        values, ids = chances[place].topk(count)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        found[row] = Sampled(tokens[row], float(chances[place, tokens[row]]), top)
+    return found

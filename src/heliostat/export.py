@@ -1,0 +1,222 @@
+"""Members out of a family and models into it: Hugging Face folders and PEFT adapters, with a card that tells the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from heliostat.build import (
+    BASE,
+    Loaded,
+    changing,
+    describe_module,
+    load_modules,
+    load_tokenizer,
+    module_folder,
+    read_family,
+    verify_module,
+    write_family,
+)
+from heliostat.errors import Refused
+from heliostat.family import SHARINGS, Family, Member, own_module_name
+from heliostat.files import atomic_directory, atomic_write_text
+from heliostat.linear.adapter import is_adapter
+from heliostat.model.config import read_config
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.model.weights import weight_files
+
+FACTS = "heliostat.json"
+LICENCES = ("license", "licence", "notice")
+TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "generation_config", "vocab", "merges", "added_tokens")
+
+
+def export_member(folder: Path, member: str, out: Path) -> Path:
+    """Write the member's own half to ``out``: weights or adapter, tokenizer, card, licence, row, reproducing script.
+
+    Raises Refused where ``out`` exists, where the row has more than one module of its own, or where files changed.
+    """
+    folder, out = Path(folder), Path(out)
+    family = read_family(folder)
+    row = family.member(member).row
+    others = [name for name in row.modules if name != BASE]
+    if len(others) != 1:
+        raise Refused(f"{member!r} is made of {', '.join(row.modules)}: only a base and one own module can be exported")
+    if out.exists():
+        raise Refused(f"{out} is already there; choose another folder, or remove it first")
+    for name in row.modules:
+        verify_module(folder, family, name)
+    own = family.module(others[0])
+    facts = _facts(folder, family, member, own.name)
+    with atomic_directory(out) as partial:
+        _copy_weights(module_folder(folder, own), partial)
+        _copy_matching(folder / BASE, partial, TOKENIZER if own.base is None else ())
+        _copy_matching(folder / BASE, partial, LICENCES)
+        atomic_write_text(partial / FACTS, json.dumps(facts, indent=2) + "\n")
+        atomic_write_text(partial / "README.md", card(family, member, facts, _licence(folder / BASE)))
+        script = resources.files("heliostat") / "assets" / "reproduce.py"
+        atomic_write_text(partial / "reproduce.py", script.read_text(encoding="utf-8"))
+    return out
+
+
+def _copy_weights(source: Path, target: Path) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors") if is_adapter(source) else None
+    files = [source / n for n in names] if names else [source / "config.json", *weight_files(source)]
+    index = source / "model.safetensors.index.json"
+    for file in [*files, *([index] if not names and index.exists() else [])]:
+        shutil.copy2(file, target / file.name)
+
+
+def _copy_matching(source: Path, target: Path, starts: tuple[str, ...]) -> None:
+    for file in sorted(p for p in source.iterdir() if p.is_file() and p.name.lower().startswith(starts or ("\0",))):
+        shutil.copy2(file, target / file.name)
+
+
+def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any]:
+    row, entry = family.member(member).row, family.member(member)
+    roles = {part: "own" if getattr(row, part) == own else "base" for part in row.__dataclass_fields__}
+    return {
+        "format_version": 1,
+        "member": member,
+        "sharing": entry.sharing,
+        "alone": row.alone and family.module(own).base is None,
+        "row": roles,
+        "digests": {roles_name: family.module(name).digest for roles_name, name in (("own", own), ("base", BASE))},
+        "eos_ids": list(Tokenizer.load(folder / BASE).eos_ids),
+        "recipe": dict(entry.recipe),
+        "evaluation": dict(entry.evaluation),
+    }
+
+
+def _licence(base: Path) -> str | None:
+    """The licence that the base's card declares, if it has one."""
+    readme = base / "README.md"
+    if not readme.is_file():
+        return None
+    found = re.search(r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    return found[1] if found else None
+
+
+def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | None) -> str:
+    """The model card (README.md) of an exported member."""
+    row, sharing = facts["row"], family.member(member).sharing
+    head = ["---", "library_name: transformers", *([f"license: {licence}"] if licence else []), "tags: [heliostat]", "---"]
+    whole = "A whole model: it answers by itself." if row_is_own(row) else (
+        "**Half a member.** Run alone, these weights do not answer as the member does: "
+        "the base plays the other parts of its row."
+    )
+    shared = SHARINGS[sharing].shared if sharing in SHARINGS else "as its row says"
+    table = "\n".join(f"| {part} | {'this folder' if who == 'own' else 'the base'} |" for part, who in row.items())
+    evaluation = "\n".join(f"- {name}: {value}" for name, value in facts["evaluation"].items()) or "- none recorded"
+    licence_line = f"The base's licence ({licence}) applies." if licence else "The base's licence applies; its files lie beside this card where it has any."
+    base = facts["digests"]["base"]
+    return "\n".join(
+        [
+            *head,
+            f"# {member}",
+            "",
+            f"A member of a heliostat family, sharing `{sharing}` (shared when serving: {shared}). {whole}",
+            "",
+            "| part | played by |",
+            "|---|---|",
+            table,
+            "",
+            f"Base: SHA-256 digest `{base}` over its tensors and configuration. Another base gives other answers.",
+            "",
+            "## Run it",
+            "",
+            "With heliostat: `heliostat generate FAMILY --member " + member + ' --prompt "..."`.',
+            "",
+            'With two models in transformers: `python reproduce.py --base PATH_OF_THE_BASE --prompt "..."`.',
+            "",
+            "## Evaluation",
+            "",
+            evaluation,
+            "",
+            "## Licence",
+            "",
+            licence_line,
+            "",
+        ]
+    )
+
+
+def row_is_own(row: Mapping[str, str]) -> bool:
+    """Whether one's own module plays every part."""
+    return set(row.values()) == {"own"}
+
+
+def import_member(folder: Path, member: str, source: Path) -> Member:
+    """Take a fine-tune or a LoRA of the base into the family, served unchanged as ``independent``.
+
+    Raises Refused where the shape, the tokenizer or the format is not the family's.
+    """
+    folder, source = Path(folder), Path(source)
+    family = read_family(folder)
+    family.free_name(member)
+    if not source.is_dir():
+        raise Refused(f"{source} is no folder; --from takes a checkpoint or a PEFT adapter on this disk")
+    adapter = is_adapter(source)
+    if not adapter:
+        _refuse_other_kin(folder, family, source)
+    with changing(folder):
+        family = read_family(folder)
+        family.free_name(member)
+        own = own_module_name(member, family.modules)
+        path = f"modules/{own}"
+        with atomic_directory(folder / path) as partial:
+            _copy_weights(source, partial)
+        try:
+            module = describe_module(folder, own, path, base=BASE if adapter else None, family=family)
+            grown = family.with_module(module)
+            _try(folder, grown, own)
+        except BaseException:
+            shutil.rmtree(folder / path, ignore_errors=True)
+            raise
+        row = SHARINGS["independent"].instantiate(own)
+        digests = {name: grown.module(name).digest for name in row.modules}
+        entry = Member(member, row, "independent", digests, {"imported_from": source.name})
+        write_family(folder, grown.with_member(entry))
+    return entry
+
+
+def _refuse_other_kin(folder: Path, family: Family, source: Path) -> None:
+    """A checkpoint of another shape or another tokenizer cannot join: its pages and ids would mean something else."""
+    ours, theirs = read_config(folder / BASE), read_config(source)
+    for field in ours.__dataclass_fields__:
+        if field != "max_length" and getattr(ours, field) != getattr(theirs, field):
+            raise Refused(f"{source}: {field} is {getattr(theirs, field)!r}, the family's base has {getattr(ours, field)!r}")
+    if not (source / "tokenizer.json").is_file():
+        return
+    tokenizer, own = Tokenizer.load(source), load_tokenizer(folder, family)
+    if tokenizer.digest != own.digest:
+        raise Refused(f"{source} has another tokenizer than the family (digests {tokenizer.digest[:12]} and {own.digest[:12]})")
+
+
+def _try(folder: Path, family: Family, own: str) -> Loaded:
+    """Load it once, so that a missing tensor or a path that does not fit is refused now and not when it is served."""
+    import torch
+
+    return load_modules(folder, family, [own], dtype=torch.float32, verify=False)[own]
+
+
+def remove_member(folder: Path, member: str) -> list[str]:
+    """Take a member and the modules that were only its own out of the family; returns the removed folders."""
+    folder = Path(folder)
+    with changing(folder):
+        family = read_family(folder)
+        gone = [family.module(name).path for name in family.own_modules(member)]
+        write_family(folder, family.without_member(member))  # first the table, then the files: never the other way round
+    for path in gone:
+        shutil.rmtree(folder / path, ignore_errors=True)
+    return gone
+
+
+def rename_member(folder: Path, old: str, new: str) -> None:
+    """Give a member another name; its modules keep theirs."""
+    with changing(Path(folder)):
+        write_family(Path(folder), read_family(Path(folder)).with_member_renamed(old, new))

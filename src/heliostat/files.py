@@ -1,0 +1,229 @@
+"""Files that are written whole or not at all: atomic files and folders, a lock between processes, reading JSON.
+
+What is being written lies in ``<name>.partial-<process>-<thread>`` beside its target until it is complete and
+on the disk; then one rename puts it in place. What a process that died left there is swept away by the next
+writer of the same name. Process ids are those of one machine: two machines must not write into one folder at
+the same time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import Refused
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Replace the file by ``text`` in UTF-8; see ``atomic_write_bytes``."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace the file by ``data``: a reader, even after a crash, sees all the old or all the new bytes.
+
+    Raises Refused where the disk is full or may not be written; the old file stays as it was.
+    """
+    with saving(path, needed=len(data)) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def saving(path: str | Path, *, needed: int | None = None) -> Iterator[Path]:
+    """A path to write one file to; it takes the place of ``path`` if the block ends well, else nothing changes.
+
+    ``needed`` is the size in bytes, where known, for the message if the disk is full.
+    """
+    path = Path(path)
+    with _partial(path, needed=needed) as folder:
+        partial = folder / path.name
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777  # what the umask gives; not every writer keeps it
+        yield partial
+        partial.chmod(mode)
+        _sync(partial)
+        os.replace(partial, path)
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def atomic_directory(path: str | Path, *, needed: int | None = None) -> Iterator[Path]:
+    """A new directory to fill; when the block ends well it becomes ``path``, else it is removed.
+
+    Raises Refused where ``path`` exists already and is not an empty directory, or where the disk is full.
+    """
+    path = Path(path)
+    _check_free(path)
+    with _partial(path, needed=needed) as folder:
+        yield folder
+        _sync_tree(folder)
+        _check_free(path)  # somebody may have been faster
+        os.replace(folder, path)
+
+
+@contextmanager
+def _partial(path: Path, *, needed: int | None) -> Iterator[Path]:
+    """A new directory beside ``path``, gone if the block fails; errors a user can mend become Refused."""
+    folder = path.parent / f"{path.name}.partial-{os.getpid()}-{threading.get_native_id()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path, folder.name)
+        folder.mkdir()
+        yield folder
+        _sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        refusal = _refusal(error, path, needed)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _check_free(path: Path) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise Refused(f"{path} exists already; choose another name, or remove it first")
+
+
+def _sweep(path: Path, own: str) -> None:
+    """Remove partials of ``path`` whose process is gone; one named ``own`` is a namesake's, for ids recur."""
+    pattern = re.compile(re.escape(path.name) + r"\.partial-(\d+)-\d+")
+    for entry in list(os.scandir(path.parent)):
+        found = pattern.fullmatch(entry.name)
+        if found and (entry.name == own or not _alive(int(found[1]))):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's, or no process id at all: not ours to remove
+        pass
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to this file, or the entries of this directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not (Path(parent) / name).is_symlink():
+                _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def _refusal(error: BaseException, path: Path, needed: int | None) -> Refused | None:
+    """What to tell a user whose disk is full or may not be written; None where the error is another."""
+    number = _errno(error)
+    if number in _FULL:
+        size = "" if needed is None else f"{readable_size(needed)} needed, "
+        free = readable_size(shutil.disk_usage(path.parent).free)
+        return Refused(
+            f"disk full while writing {path}: {size}{free} free there. Nothing saved before is lost; "
+            "make room and run the same command again"
+        )
+    if number in _FORBIDDEN:
+        where = getattr(error, "filename", None) or path
+        return Refused(f"{where}: {os.strerror(number)}; change its rights or choose another folder")
+    return None
+
+
+def _errno(error: BaseException) -> int:
+    """Number of the operating system's error, 0 where there is none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # The safetensors writer is no Python: its errors carry the number only in their text.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
+def readable_size(size: float) -> str:
+    """A size in bytes for people: ``1.5 GiB``."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@contextmanager
+def locked(path: str | Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock file ``path`` (``family.json.lock``) against all other processes and threads here.
+
+    The lock goes when the block ends or the process dies; the file stays and means nothing. Raises Refused
+    where ``wait`` is False and another holds it (the message says what and who), or where it cannot be made.
+    """
+    path = Path(path)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise Refused(f"cannot lock {path}: {error.strerror}") from error
+    try:
+        _lock(descriptor, path, wait=wait)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)  # which also unlocks
+
+
+def _lock(descriptor: int, path: Path, *, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace") or "unknown"
+        what = path.name.removesuffix(".lock")
+        raise Refused(
+            f"{what} in {path.parent} is held by another heliostat command (process {holder}); "
+            "wait until it has ended, then run this again"
+        ) from error
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes (hex)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Refused, with file and line, where it is missing, damaged or no object."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise Refused(f"{path} is not there") from error
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise Refused(f"{path} is damaged: line {line} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise Refused(f"{path} is damaged: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise Refused(f"{path} is damaged: nested too deeply") from error
+    if not isinstance(value, dict):
+        raise Refused(f"{path} holds {type(value).__name__}, not a JSON object {{...}}")
+    return value

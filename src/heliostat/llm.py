@@ -1,0 +1,191 @@
+"""The offline face of the engine: a family in a folder, prompts in, answers out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heliostat.build import Loaded, best_dtype, config_of, load_modules, load_tokenizer, modules_of, read_family, verify_member
+from heliostat.engine.engine import Engine, Piece, pages_that_fit
+from heliostat.engine.request import FinishReason, Request, Sampling
+from heliostat.errors import Refused
+from heliostat.family import Family, Row
+from heliostat.model.tokenizer import Tokenizer
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+"""A text, a conversation (messages), or exact token ids."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a member said to one prompt."""
+
+    member: str
+    text: str
+    ids: tuple[int, ...]
+    """Token ids, the end token included where one was chosen."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that were not run because their K,V were there already, whoever's request wrote them."""
+    logprobs: tuple[float, ...] = ()
+    """Natural log-probability of each id, where asked for."""
+
+
+class LLM:
+    """A family, ready to answer: ``LLM("fam/").generate("...", member="math")``.
+
+    Loads the modules that ``members`` need (default: all members and the base), each once.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        members: Sequence[str] | None = None,
+        dtype: str = "auto",
+        device: str = "cpu",
+        max_length: int | None = None,
+        cache_mib: int = 1024,
+        max_running: int = 64,
+    ) -> None:
+        """``dtype``: auto, float32 or bfloat16; ``cache_mib``: most memory for K,V pages.
+
+        Raises Refused for a family that is missing, damaged or changed since its members were tuned.
+        """
+        folder = Path(folder)
+        self.family = read_family(folder)
+        names = list(members) if members is not None else [*self.family.members, "base"]
+        for name in names:
+            if name in self.family.members:
+                verify_member(self.family, name)
+        kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
+        modules = load_modules(folder, self.family, modules_of(self.family, names), dtype=kind, device=device)
+        rows = {name: self.family.row(name) for name in names}
+        config = config_of(folder, self.family)
+        self._start(modules, rows, load_tokenizer(folder, self.family), max_length or config.max_length, cache_mib, max_running)
+
+    @classmethod
+    def of(
+        cls,
+        modules: Mapping[str, Loaded],
+        rows: Mapping[str, Row],
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        cache_mib: int = 256,
+        max_running: int = 64,
+    ) -> LLM:
+        """An LLM around modules that are in memory already, as in training; ``rows`` are the members it knows."""
+        self = cls.__new__(cls)
+        self.family = Family({}, {}, tokenizer.digest)
+        longest = next(iter(modules.values())).model.config.max_length
+        self._start(modules, rows, tokenizer, max_length or longest, cache_mib, max_running)
+        return self
+
+    def _start(
+        self,
+        modules: Mapping[str, Loaded],
+        rows: Mapping[str, Row],
+        tokenizer: Tokenizer,
+        max_length: int,
+        cache_mib: int,
+        max_running: int,
+    ) -> None:
+        self.rows, self.tokenizer = dict(rows), tokenizer
+        model = next(iter(modules.values())).model
+        pages = pages_that_fit(model, max_length=max_length, max_running=max_running, cache_mib=cache_mib)
+        self.engine = Engine(modules, tokenizer, max_length=max_length, pages=pages, max_running=max_running)
+        self._numbers = count()
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The exact token ids the model sees for a prompt; a text is a user's turn where there is a chat template."""
+        if isinstance(prompt, str):
+            if not self.tokenizer.has_template:
+                return tuple(self.tokenizer.plain_prompt_ids(prompt))
+            return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
+        if prompt and isinstance(prompt[0], int):
+            return tuple(int(token) for token in prompt)  # type: ignore[call-overload]
+        return tuple(self.tokenizer.prompt_ids(list(prompt)))  # type: ignore[arg-type]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        member: str | Sequence[str] = "base",
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answers in the order of the prompts; ``member`` is one name for all, or one a prompt.
+
+        ``options`` are the fields of Sampling. All prompts run as one batch, whatever their members and rows.
+        Raises Refused for an unknown member or a prompt that does not fit.
+        """
+        many = _as_prompts(prompts)
+        members = [member] * len(many) if isinstance(member, str) else list(member)
+        if len(members) != len(many):
+            raise Refused(f"{len(many)} prompts but {len(members)} members")
+        requests = [self._request(p, m, sampling or Sampling(**options)) for p, m in zip(many, members, strict=True)]
+        chances: dict[str, list[float]] = {request.id: [] for request in requests}
+        texts: dict[str, list[str]] = {request.id: [] for request in requests}
+        for piece in self._run(requests):
+            texts[piece.request.id].append(piece.text)
+            if piece.sampled is not None and piece.sampled.logprob is not None:
+                chances[piece.request.id].append(piece.sampled.logprob)
+        return [_answer(r, "".join(texts[r.id]), chances[r.id]) for r in requests]
+
+    def stream(self, prompt: Prompt, *, member: str = "base", sampling: Sampling | None = None, **options: Any) -> Iterator[str]:
+        """One answer, piece by piece as it becomes certain; leaving the loop early frees its pages."""
+        for piece in self._run([self._request(prompt, member, sampling or Sampling(**options))]):
+            if piece.text:
+                yield piece.text
+
+    def _request(self, prompt: Prompt, member: str, sampling: Sampling) -> Request:
+        if member not in self.rows:
+            raise Refused(f"no member {member!r} is loaded; there is: {', '.join(sorted(self.rows))}")
+        row = self.rows[member]
+        digests = {name: self.engine.digests[name] for name in row.modules}
+        name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
+        return Request(name, row=row, digests=digests, prompt=self.prompt_ids(prompt), sampling=sampling, member=member)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        try:
+            for request in requests:
+                self.engine.add(request)
+            while self.engine.unfinished:
+                yield from self.engine.step()
+        finally:
+            for request in requests:
+                self.engine.abort(request.id)
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A torch dtype by name; refused with the allowed names."""
+    if name not in DTYPES:
+        raise Refused(f"dtype {name!r}; allowed are auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (Mapping, int)))
+    return [prompts] if single else list(prompts)  # type: ignore[arg-type, list-item]
+
+
+def _answer(request: Request, text: str, logprobs: Sequence[float]) -> Answer:
+    assert request.finish_reason is not None
+    return Answer(
+        request.member,
+        text,
+        tuple(request.answer),
+        request.finish_reason,
+        len(request.prompt),
+        request.cached_tokens,
+        tuple(logprobs),
+    )

@@ -1,0 +1,145 @@
+"""The one transformer, for training and for serving. It reaches keys and values only through ``Attend``.
+
+Parameter names are Hugging Face's, so a checkpoint loads as it is. Shapes: ``...`` is [B, T] in training and [T]
+(tokens of many requests, packed) in serving; the transformer never knows which.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from heliostat.linear.lora import Linear, Route
+from heliostat.model.config import ModelConfig
+from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
+
+
+class Attend(Protocol):
+    """The seam: everything that knows where keys and values live."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [..., H, D], k and v [..., K, D] (rotated) -> attention output [..., H, D]."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: projections, optional head norms, rotation; the seam does the rest."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        width, d = config.width, config.head_width
+        self.layer, self.head_width = layer, d
+        self.q_proj = Linear(width, config.heads * d, bias=config.qkv_bias)
+        self.k_proj = Linear(width, config.kv_heads * d, bias=config.qkv_bias)
+        self.v_proj = Linear(width, config.kv_heads * d, bias=config.qkv_bias)
+        self.o_proj = Linear(config.heads * d, width, bias=config.o_bias)
+        self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None) -> Tensor:
+        q = self.q_norm(self._heads(self.q_proj(x, route)))  # [..., H, D]
+        k = self.k_norm(self._heads(self.k_proj(x, route)))  # [..., K, D]
+        v = self._heads(self.v_proj(x, route))
+        out = attend(self.layer, rotate(q, *angles), rotate(k, *angles), v)
+        return self.o_proj(out.flatten(-2), route)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_width))
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+        return self.down_proj(nn.functional.silu(self.gate_proj(x, route)) * self.up_proj(x, route), route)
+
+
+class Block(nn.Module):
+    """Two residual branches: attention, then the MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles, attend, route)
+        return x + self.mlp(self.post_attention_layernorm(x), route)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm (Hugging Face's ``model.``)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+
+class Transformer(nn.Module):
+    """A dense decoder-only model of the Llama skeleton. ``checkpointing`` recomputes blocks in the backward pass."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.width, config.vocabulary, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.angle_scale = inverse_frequencies(config.rope, config.head_width)[1]
+        self.register_buffer("frequencies", self.rotary(config), persistent=False)
+
+    @staticmethod
+    def rotary(config: ModelConfig) -> Tensor:
+        """Rotary frequencies [D/2] float32: computed, never loaded."""
+        return inverse_frequencies(config.rope, config.head_width)[0]
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, route: Route | None = None) -> Tensor:
+        """Hidden states [..., E] after the last norm, for token ``ids`` [...] at ``positions`` [...] (int64)."""
+        x = self.model.embed_tokens(ids)
+        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
+        angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
+        for block in self.model.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, angles, attend, route, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x, angles, attend, route)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., E]."""
+        return self.lm_head(hidden)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device

@@ -1,0 +1,169 @@
+"""Weights on disk (safetensors, Hugging Face layout) to a Transformer and back, and the digest that names them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from heliostat.errors import Refused
+from heliostat.files import atomic_write_text, read_json, saving
+from heliostat.model.config import ModelConfig
+from heliostat.model.transformer import Transformer
+
+SHARD_BYTES = 4 * 2**30
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DIGEST = "digest.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+CONFIG_KEYS = frozenset({"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "architectures"})
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order; refuses pickles and missing shards by name."""
+    folder = Path(folder)
+    if (folder / INDEX).exists():
+        listed = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        missing = [name for name in listed if not (folder / name).is_file()]
+        if missing or not listed:
+            raise Refused(f"{folder / INDEX} names files that are not there: {', '.join(missing) or 'none listed'}")
+        return [folder / name for name in listed]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in PICKLES)
+    if pickles:
+        raise Refused(
+            f"{folder / pickles[0]} is a pickle, and heliostat opens none (it could run code); "
+            "save the model as safetensors first: transformers' save_pretrained does"
+        )
+    raise Refused(f"{folder} has no {SINGLE} and no {INDEX}")
+
+
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, tensor) of the files; a damaged file is refused by name."""
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise Refused(f"{file} is damaged or not safetensors: {error}") from error
+
+
+def load_transformer(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu") -> Transformer:
+    """The checkpoint in ``folder`` as a Transformer, frozen, in ``dtype``. Missing or foreign tensors are refused by name."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in read_tensors(weight_files(folder)):
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
+            continue
+        if name not in expected:
+            raise Refused(f"{folder} holds the tensor {name!r}, which {config.architecture} as configured has not")
+        if tuple(tensor.shape) != expected[name]:
+            raise Refused(f"{folder}: {name} is {tuple(tensor.shape)}, config.json asks for {expected[name]}")
+        found[name] = tensor.to(device=device, dtype=dtype)
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        raise Refused(f"{folder} lacks {len(missing)} tensors, the first: {', '.join(missing[:3])}")
+    return assemble(config, found)
+
+
+def assemble(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
+    """A frozen Transformer around these tensors (no copy); tied heads are tied."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(dict(state), strict=False, assign=True)
+    if config.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    device = next(iter(state.values())).device
+    fresh = Transformer.rotary(config)
+    model.register_buffer("frequencies", fresh.to(device), persistent=False)
+    return model.requires_grad_(False).eval()
+
+
+def state_of(model: Transformer) -> dict[str, Tensor]:
+    """The model's own tensors under their Hugging Face names, without adapters, tied head left out, sorted."""
+    state = {
+        name.replace(".inner.", "."): p.detach() for name, p in model.named_parameters() if ".adapters." not in name
+    }
+    return dict(sorted(state.items()))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write one safetensors file, whole or not at all."""
+    with saving(path) as partial:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), metadata={"format": "pt"})
+
+
+def save_checkpoint(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write config.json and the weights as Hugging Face does, in shards of at most SHARD_BYTES."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = list(_shards(state))
+    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_tensors(shard, folder / name)
+    if len(shards) > 1:
+        total = sum(t.numel() * t.element_size() for t in state.values())
+        where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        atomic_write_text(folder / INDEX, json.dumps(index, indent=1))
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    facts = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype}
+    atomic_write_text(folder / "config.json", json.dumps(facts, indent=2) + "\n")
+
+
+def _shards(state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in state.items():
+        count = tensor.numel() * tensor.element_size()
+        if shard and size + count > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name], size = tensor, size + count
+    yield shard
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over ``facts`` and every (name, dtype, shape, bytes), by name."""
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    parts = {name: _digest_tensor(name, tensor) for name, tensor in tensors}
+    for name in sorted(parts):
+        total.update(parts[name])
+    return total.hexdigest()
+
+
+def _digest_tensor(name: str, tensor: Tensor) -> bytes:
+    head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
+    part = hashlib.sha256(head)
+    part.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return part.digest()
+
+
+def checkpoint_facts(folder: Path) -> dict[str, Any]:
+    """What of config.json belongs to the digest: all but what changes nothing."""
+    config = read_json(Path(folder) / "config.json")
+    return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+
+
+def digest_folder(folder: Path, files: list[Path], facts: Mapping[str, Any], *, fresh: bool = False) -> str:
+    """Digest of a module's files; the last one is remembered beside them and believed while sizes and times agree."""
+    stamps = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+    note, facts_text = Path(folder) / DIGEST, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if not fresh and note.exists():
+        cached = json.loads(note.read_text(encoding="utf-8"))
+        if cached.get("files") == stamps and cached.get("facts") == facts_text:
+            return str(cached["digest"])
+    digest = digest_tensors(read_tensors(files), facts)
+    atomic_write_text(note, json.dumps({"digest": digest, "files": stamps, "facts": facts_text}))
+    return digest

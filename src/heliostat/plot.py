@@ -1,0 +1,110 @@
+"""Small pictures as inline SVG: lines and bars, no library, no network, readable in light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+COLOURS = ("#3566c8", "#d1642b", "#2f8f5b", "#a03fa6", "#8a7a1d", "#5b6b7a", "#c23b56", "#1d8a96")
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44
+
+
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str, y: str, y_from_zero: bool = False
+) -> str:
+    """A line chart; ``series`` maps a label to (x, y) points. Points that are not finite are left out."""
+    kept = {name: [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b)] for name, points in series.items()}
+    every = [point for points in kept.values() for point in points] or [(0.0, 0.0)]
+    xs, ys = [a for a, _ in every], [b for _, b in every]
+    low = min(0.0, *ys) if y_from_zero else min(ys)
+    scale = _Scale(min(xs), max(xs), low, max(ys))
+    parts = [_frame(title, x, y, scale)]
+    for number, (name, points) in enumerate(kept.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        path = " ".join(f"{scale.x(a):.1f},{scale.y(b):.1f}" for a, b in points)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
+        parts.append(_key(number, name, colour))
+    return _svg(parts, title)
+
+
+def bars(values: Mapping[str, float], *, title: str, unit: str, intervals: Mapping[str, tuple[float, float]] | None = None) -> str:
+    """Horizontal bars, one a label, each with its number; ``intervals`` draws whiskers."""
+    row, left = 26, 210
+    height = TOP + row * len(values) + 16
+    most = max([*values.values(), *(high for _, high in (intervals or {}).values()), 1e-9])
+    wide = WIDTH - left - 90
+    parts = [f'<text x="8" y="20" class="t">{escape(title)}</text>']
+    for number, (name, value) in enumerate(values.items()):
+        y, length = TOP + row * number, max(0.0, wide * value / most)
+        colour = COLOURS[number % len(COLOURS)]
+        parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="16" rx="2" fill="{colour}"/>')
+        end = length
+        if intervals and name in intervals:
+            low, high = (left + wide * max(0.0, edge) / most for edge in intervals[name])
+            parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 11}" y2="{y + 11}" class="w"/>')
+            end = max(end, high - left)
+        parts.append(f'<text x="{left + end + 6:.1f}" y="{y + 15}">{_number(value)} {escape(unit)}</text>')
+    return _svg(parts, title, height)
+
+
+class _Scale:
+    """Numbers to pixels; a flat range is widened so that it can be drawn."""
+
+    def __init__(self, x0: float, x1: float, y0: float, y1: float) -> None:
+        self.x0, self.x1 = x0, x1 if x1 > x0 else x0 + 1
+        self.y0, self.y1 = y0, y1 if y1 > y0 else y0 + 1
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover [low, high]."""
+    raw = (high - low) / max(1, count) or 1.0
+    step = 10 ** math.floor(math.log10(raw))
+    step *= next(m for m in (1, 2, 5, 10) if m * step >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _frame(title: str, x: str, y: str, scale: _Scale) -> str:
+    parts = [f'<text x="8" y="20" class="t">{escape(title)}</text>']
+    for value in ticks(scale.y0, scale.y1):
+        at = scale.y(value)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(value)}</text>')
+    for value in ticks(scale.x0, scale.x1):
+        parts.append(f'<text x="{scale.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x)}</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 4}" class="s">{escape(y)}</text>')
+    return "".join(parts)
+
+
+def _key(number: int, name: str, colour: str) -> str:
+    y = TOP + 14 + 16 * number
+    return (
+        f'<rect x="{WIDTH - 190}" y="{y - 8}" width="12" height="4" fill="{colour}"/>'
+        f'<text x="{WIDTH - 172}" y="{y - 2}">{escape(name)}</text>'
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+
+
+def _svg(parts: Sequence[str], title: str, height: float = HEIGHT) -> str:
+    style = (
+        "text{font:12px system-ui,sans-serif;fill:#1c2733}.t{font-size:14px;font-weight:600}.s{fill:#5b6b7a}"
+        ".g{stroke:#d9dee4}.w{stroke:#1c2733;stroke-width:1.5}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+        f'aria-label="{escape(title, quote=True)}"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="#ffffff" rx="6"/>{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,105 @@
+"""Training state on disk: parameters, optimizer and history, whole or not at all, without pickle."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heliostat.errors import Refused
+from heliostat.files import atomic_directory, atomic_write_text, read_json
+from heliostat.model.weights import read_tensors, save_tensors
+
+NAME = re.compile(r"checkpoint-(\d{8})")
+PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: optimizer steps done, and one record for every logged step."""
+
+    step: int = 0
+    history: tuple[Mapping[str, Any], ...] = ()
+
+
+def save(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    identity: str,
+    keep: int,
+) -> Path:
+    """Write ``checkpoint-<step>`` under ``folder`` atomically, then drop all but the newest ``keep``."""
+    target = Path(folder) / f"checkpoint-{progress.step:08}"
+    if not target.exists():
+        with atomic_directory(target) as partial:
+            save_tensors({n: p.detach() for n, p in parameters.items()}, partial / PARAMETERS)
+            save_tensors(_moments(parameters, optimizer), partial / OPTIMIZER)
+            state = {"step": progress.step, "identity": identity, "history": list(progress.history)}
+            atomic_write_text(partial / STATE, json.dumps(state))
+    for old in checkpoints(folder)[:-keep]:
+        discard(old)
+    return target
+
+
+def discard(path: Path) -> None:
+    """Remove one checkpoint: first its name as a whole one, so that half of it is never taken for a whole one."""
+    (path / STATE).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; a directory that was never finished does not count."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if NAME.fullmatch(p.name) and (p / STATE).is_file()]
+    return sorted(found, key=lambda p: p.name)
+
+
+def resume(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, identity: str
+) -> Progress:
+    """Load the newest checkpoint into parameters and optimizer; a fresh Progress where there is none.
+
+    Raises Refused where the checkpoint belongs to another recipe, data or base (``identity`` differs).
+    """
+    found = checkpoints(folder)
+    if not found:
+        return Progress()
+    state = read_json(found[-1] / STATE)
+    if state.get("identity") != identity:
+        raise Refused(
+            f"{found[-1]} belongs to another recipe, data or base; to start over, remove {folder} "
+            "or say --resume-from-checkpoint false"
+        )
+    saved = dict(read_tensors([found[-1] / PARAMETERS]))
+    if set(saved) != set(parameters):
+        raise Refused(f"{found[-1]} holds other parameters than this run trains; remove {folder} to start over")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    _restore(parameters, optimizer, dict(read_tensors([found[-1] / OPTIMIZER])))
+    return Progress(int(state["step"]), tuple(state["history"]))
+
+
+def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}|{key}": value.detach().reshape(-1) if value.dim() == 0 else value.detach()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _restore(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+    for name_and_key, value in saved.items():
+        name, _, key = name_and_key.rpartition("|")
+        restored = value.reshape(()) if key == "step" else value.to(parameters[name].device)
+        optimizer.state[parameters[name]][key] = restored.clone()

@@ -1,0 +1,66 @@
+"""How good a member's answers are: greedy answers to held-out prompts, graded against the references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.llm import LLM
+from heliostat.tasks.grade import grade
+from heliostat.train.data import question_ids
+from heliostat.train.formats import Record, read_jsonl
+
+LONGEST_ANSWER = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One prompt, what was said, and whether it was right."""
+
+    prompt: str
+    answer: str
+    reference: str
+    right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All graded answers of one member to one set."""
+
+    member: str
+    metric: str
+    items: tuple[Graded, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, in [0, 1]."""
+        return sum(item.right for item in self.items) / len(self.items)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the family remembers of it."""
+        return {"metric": self.metric, "accuracy": round(self.accuracy, 4), "items": len(self.items)}
+
+
+def evaluate(llm: LLM, member: str, data: str | Path, *, metric: str, limit: int | None = None) -> Evaluation:
+    """Greedy answers of ``member`` to the prompts of a jsonl file, graded. Raises Refused for bad lines.
+
+    Of a conversation the last answer is asked for; the earlier ones are taken from the data.
+    """
+    records = [r for r in read_jsonl(data).records if r.answer is not None]
+    return evaluate_records(llm, member, records[:limit], metric=metric)
+
+
+def evaluate_records(llm: LLM, member: str, records: Sequence[Record], *, metric: str) -> Evaluation:
+    """The same for records already read."""
+    longest = llm.engine.max_length
+    prompts = [question_ids(record, llm.tokenizer, max_length=longest - 1) for record in records]
+    room = min(LONGEST_ANSWER, longest - max(map(len, prompts)))
+    answers = llm.generate(prompts, member=member, max_tokens=max(1, room))
+    graded = [
+        Graded(r.question[-1].content, a.text, r.answer or "", grade(metric, a.text, r.answer or ""))
+        for r, a in zip(records, answers, strict=True)
+    ]
+    return Evaluation(member, metric, tuple(graded))

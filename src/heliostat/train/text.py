@@ -1,0 +1,116 @@
+"""Learning plain text: packed rows of documents, the next token everywhere but across a border."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from heliostat.errors import Refused
+from heliostat.model.seam import Masked
+from heliostat.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Documents laid end to end and cut into rows. T: tokens a row."""
+
+    ids: Tensor  # [N, T] token ids
+    documents: Tensor  # [N, T] number of the document each token belongs to
+    positions: Tensor  # [N, T] place of each token within its part of the document in this row
+
+    @classmethod
+    def of(cls, documents: Sequence[Sequence[int]], length: int) -> PackedRows:
+        """Rows of ``length`` tokens; a document that crosses a border goes on in the next row; the rest is left out."""
+        lengths = torch.tensor([len(d) for d in documents])
+        flat = torch.tensor([token for document in documents for token in document], dtype=torch.int32)
+        count = flat.numel() // length
+        if count == 0:
+            raise Refused(f"the text has {flat.numel()} tokens, less than one row of max_length {length}")
+        numbers = torch.repeat_interleave(torch.arange(len(documents), dtype=torch.int32), lengths)
+        ids, numbers = (t[: count * length].view(count, length) for t in (flat, numbers))
+        return cls(ids, numbers, _places(numbers))
+
+
+def _places(numbers: Tensor) -> Tensor:
+    """Position of each token since its document began in the row, [N, T] int32."""
+    places = torch.arange(numbers.shape[1]).expand_as(numbers)
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return (places - (places * begins).cummax(dim=1).values).to(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class TextMicro:
+    """Some rows and the model that learns them."""
+
+    model: Transformer
+    ids: Tensor  # [B, T]
+    documents: Tensor  # [B, T]
+    positions: Tensor  # [B, T]
+
+    @property
+    def inside(self) -> Tensor:
+        """[B, T-1]: whether the next token belongs to the same document."""
+        return self.documents[:, 1:] == self.documents[:, :-1]
+
+    @property
+    def spoken(self) -> int:
+        return int(self.inside.sum())
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    def loss(self) -> Tensor:
+        """Summed negative log-likelihood of the next tokens (nats)."""
+        ids = self.ids.long()
+        hidden = self.model(ids, self.positions, Masked.documents(self.documents))
+        inside = self.inside
+        logits = self.model.logits(hidden[:, :-1][inside]).float()
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:][inside], reduction="sum")
+
+
+@dataclass(slots=True)
+class TextObjective:
+    """Rows in a seeded order, epoch after epoch; the same step always sees the same rows."""
+
+    model: Transformer
+    rows: PackedRows
+    batch: int
+    accumulation: int
+    seed: int
+
+    def micros(self, step: int) -> list[TextMicro]:
+        """The ``accumulation`` micro-batches of ``batch`` rows of a step."""
+        size = self.batch * self.accumulation
+        picked = self._order(step * size, size)
+        device = self.model.device
+        parts = [picked[i : i + self.batch] for i in range(0, size, self.batch)]
+        return [
+            TextMicro(self.model, *(t[part].to(device) for t in (self.rows.ids, self.rows.documents, self.rows.positions)))
+            for part in parts
+        ]
+
+    def _order(self, start: int, size: int) -> Tensor:
+        count, picked = self.rows.ids.shape[0], []
+        while size > 0:
+            epoch, offset = divmod(start, count)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            taken = order[offset : offset + size]
+            picked.append(taken)
+            start, size = start + len(taken), size - len(taken)
+        return torch.cat(picked)
+
+
+@torch.no_grad()
+def text_loss(model: Transformer, rows: PackedRows, *, batch: int = 32) -> float:
+    """Mean loss (nats a token) of held-out rows."""
+    total, count = 0.0, 0
+    for start in range(0, rows.ids.shape[0], batch):
+        part = slice(start, start + batch)
+        micro = TextMicro(model, rows.ids[part], rows.documents[part], rows.positions[part])
+        total, count = total + float(micro.loss()), count + micro.spoken
+    return total / count

@@ -1,0 +1,338 @@
+"""Tune one member of a family: from a recipe to a new module, a new row and the facts about both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from heliostat.build import (
+    BASE,
+    RUNS,
+    Loaded,
+    best_dtype,
+    changing,
+    config_of,
+    describe_module,
+    load_modules,
+    load_tokenizer,
+    module_folder,
+    read_family,
+    verify_module,
+    write_family,
+)
+from heliostat.errors import Refused
+from heliostat.family import SHARINGS, Family, Member, Row, own_module_name
+from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
+from heliostat.linear.adapter import save_adapter
+from heliostat.linear.lora import add_adapter, adapter_of
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.model.weights import read_tensors, save_checkpoint, state_of, weight_files
+from heliostat.train import checkpoint
+from heliostat.train.data import Batches, Example, Examples, read_examples
+from heliostat.train.formats import Record, read_jsonl
+from heliostat.train.loop import Run, Settings, Watch
+from heliostat.train.objective import MemberObjective, evaluation_loss
+from heliostat.train.recipe import READERS_OF_KEYS, Pace, Recipe, Settled
+from heliostat.train.spellings import to_yaml
+from heliostat.train.teacher import taught_examples
+from heliostat.train.watch import draw_loss
+
+JUDGED = 256
+"""Held-out examples whose loss is measured during a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything a run needs, in memory."""
+
+    folder: Path
+    family: Family
+    recipe: Settled
+    tokenizer: Tokenizer
+    row: Row
+    own: str
+    modules: Mapping[str, Loaded]
+    parameters: Mapping[str, nn.Parameter]
+    examples: tuple[Example, ...]
+    skipped: int
+    """Lines of the data that were left out."""
+    held_out: tuple[Example, ...]
+    teacher: Loaded | None
+    steps: int
+
+    @property
+    def run_folder(self) -> Path:
+        """Checkpoints, log, picture and recipe of this run."""
+        return self.folder / RUNS / self.recipe.member
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of all modules in memory, shared weights once."""
+        models = {id(m.model): m.model for m in self.modules.values()}
+        return sum(p.numel() for model in models.values() for p in model.parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to."""
+
+    member: Member
+    run_folder: Path
+    history: tuple[Mapping[str, Any], ...]
+    parameters: int
+
+
+def tune(
+    recipe: Recipe,
+    *,
+    watching: Callable[[Job], AbstractContextManager[Watch]],
+    echo: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Run a recipe to its end and add the member to the family; an unfinished run of the same recipe goes on.
+
+    ``watching`` makes who looks on once the job is known. Raises Refused before anything is trained where recipe,
+    data or family do not fit; raises loop.Interrupted on Ctrl-C, with everything saved.
+    """
+    folder = Path(recipe.family)
+    read_family(folder).free_name(recipe.member)
+    run_folder = folder / RUNS / recipe.member
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with locked(run_folder / "run.lock", wait=False):
+        job = prepare(recipe, echo=echo)
+        atomic_write_text(run_folder / "recipe.yaml", to_yaml(job.recipe))
+        with watching(job) as watch:
+            history = _run(job, watch)
+        draw_loss(history, run_folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}")
+        member = _publish(job, history)
+        for old in checkpoint.checkpoints(run_folder):
+            checkpoint.discard(old)
+    return Outcome(member, run_folder, history, job.trainable)
+
+
+def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) -> Job:
+    """Read, check and load everything; refuses what cannot work, with the reason, before any training."""
+    folder = Path(recipe.family)
+    family = read_family(folder)
+    config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
+    settled = recipe.resolve(bf16=best_dtype() is torch.bfloat16, hidden_size=config.width)
+    own = own_module_name(recipe.member, family.modules)
+    row = SHARINGS[recipe.sharing].instantiate(own)
+    if settled.max_length > config.max_length:
+        settled = settled.model_copy(update={"max_length": config.max_length})
+    teacher = _load_teacher(folder, family, settled)
+    data = _data(settled, tokenizer, row, teacher)
+    held_out = _held_out(settled, tokenizer) if recipe.eval_data else ()
+    torch.manual_seed(recipe.seed)
+    modules, parameters = _modules(folder, family, settled, row, own)
+    if recipe.gradient_checkpointing:
+        for module in modules.values():
+            module.model.checkpointing = True
+    for note in _notes(data):
+        echo(note)
+    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
+    return Job(
+        folder=folder,
+        family=family,
+        recipe=settled,
+        tokenizer=tokenizer,
+        row=row,
+        own=own,
+        modules=modules,
+        parameters=parameters,
+        examples=data.examples,
+        skipped=len(data.bad) + len(data.too_long),
+        held_out=held_out[:JUDGED],
+        teacher=teacher,
+        steps=steps,
+    )
+
+
+def settings_of(recipe: Pace, *, steps: int, warmup: int) -> Settings:
+    """The loop's settings that a resolved recipe asks for."""
+    return Settings(
+        steps=steps,
+        learning_rate=recipe.learning_rate,  # type: ignore[attr-defined]
+        lr_scheduler_type=recipe.lr_scheduler_type,  # type: ignore[attr-defined]
+        warmup_steps=warmup,
+        decay_share=recipe.decay_ratio,
+        weight_decay=recipe.weight_decay,  # type: ignore[attr-defined]
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        epsilon=recipe.adam_epsilon,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=bool(recipe.bf16),
+        logging_steps=recipe.logging_steps,
+        eval_steps=recipe.eval_steps,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+    )
+
+
+def identity_of(facts: Mapping[str, Any]) -> str:
+    """What must be equal for a run to go on from a checkpoint (hex)."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def objective_of(job: Job) -> MemberObjective:
+    """What the job learns, step by step."""
+    batches = Batches(job.examples, batch_size=job.recipe.per_device_train_batch_size, seed=job.recipe.seed)
+    return MemberObjective(batches, job.recipe.gradient_accumulation_steps, job.row, job.modules, job.teacher)
+
+
+def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
+    recipe = job.recipe
+    settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
+    ignored = {"family", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_data", "metric"}
+    facts = recipe.model_dump(exclude=ignored) | {
+        "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
+        "digests": {name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)},
+    }
+    judge = None
+    if job.held_out:
+        judge = lambda: {"loss": evaluation_loss(job.held_out, job.row, job.modules, bf16=recipe.bf16)}  # noqa: E731
+    run = Run(objective_of(job), job.parameters, settings, job.run_folder, identity_of(facts), watch, judge)
+    resume = recipe.resume_from_checkpoint
+    if resume is True and not checkpoint.checkpoints(job.run_folder):
+        raise Refused(f"--resume-from-checkpoint true, but {job.run_folder} holds no checkpoint")
+    return run.fit(resume=resume is not False).history
+
+
+def _data(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
+    found = []
+    for path in recipe.data:
+        options = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad, "too_long": recipe.too_long}
+        if teacher is not None:
+            found.append(taught_examples(path, tokenizer, teacher, **options))  # type: ignore[arg-type]
+        else:
+            found.append(read_examples(path, tokenizer, **options))  # type: ignore[arg-type]
+    if not row.alone and any(f.format == "text" for f in found):
+        raise Refused(
+            f"{recipe.data[0]} is plain text, which has no prompt and no answer: sharing {recipe.sharing!r} "
+            "parts a model between the two. Give prompts with answers, or use --sharing independent"
+        )
+    return Examples(
+        found[0].path,
+        found[0].format,
+        tuple(e for f in found for e in f.examples),
+        tuple(b for f in found for b in f.bad),
+        tuple(b for f in found for b in f.too_long),
+    )
+
+
+def _held_out(recipe: Settled, tokenizer: Tokenizer) -> tuple[Example, ...]:
+    assert recipe.eval_data is not None
+    return read_examples(recipe.eval_data, tokenizer, max_length=recipe.max_length, too_long="skip").examples
+
+
+def _notes(data: Examples) -> list[str]:
+    notes = [f"left out {len(data.bad)} bad lines, the first: line {data.bad[0].line}: {data.bad[0].reason}"] if data.bad else []
+    return notes + ([f"left out {len(data.too_long)} records longer than max_length"] if data.too_long else [])
+
+
+def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | None:
+    if recipe.teacher is None:
+        return None
+    row = family.row(recipe.teacher)
+    if not row.alone:
+        raise Refused(f"teacher {recipe.teacher!r} shares its row with the base; only a whole model can teach (independent)")
+    kind = torch.bfloat16 if recipe.bf16 else torch.float32
+    return load_modules(folder, family, [row.speaker], dtype=kind)[row.speaker]
+
+
+def _modules(
+    folder: Path, family: Family, recipe: Settled, row: Row, own: str
+) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
+    """The row's modules in memory, and what of them is trained."""
+    frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
+    verify_module(folder, family, BASE)
+    if recipe.tuner == "lora":
+        return _with_adapter(load_modules(folder, family, [BASE], dtype=frozen_kind, verify=False), recipe, own)
+    own_model = load_modules(folder, family, [BASE], dtype=torch.float32, verify=False)[BASE].model
+    modules = {own: Loaded(own, "", own, own_model)}
+    if BASE in row.modules:
+        modules |= load_modules(folder, family, [BASE], dtype=frozen_kind, verify=False)
+    written = {row.prompt_writer, row.answer_writer}
+    for name, parameter in own_model.named_parameters():
+        # A module that only speaks reads others' keys and values; its own projections for them are never used.
+        parameter.requires_grad_(own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm")))
+    return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
+
+
+def _with_adapter(
+    loaded: dict[str, Loaded], recipe: Settled, own: str
+) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
+    assert recipe.r is not None and recipe.lora_alpha is not None and recipe.target_modules is not None
+    model = loaded[BASE].model
+    _check_targets(recipe, model)
+    add_adapter(model, own, r=recipe.r, alpha=recipe.lora_alpha, targets=recipe.target_modules)
+    parts = adapter_of(model, own)
+    parameters = {f"{path}.{name}": p for path, part in parts.items() for name, p in part.named_parameters()}
+    return {**loaded, own: Loaded(own, "", BASE, model, own)}, parameters
+
+
+def _check_targets(recipe: Settled, model: nn.Module) -> None:
+    names = {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    unknown = sorted(set(recipe.target_modules or ()) - names)
+    if unknown:
+        raise Refused(f"target_modules {', '.join(unknown)}: this model has {', '.join(sorted(names))}")
+    idle = sorted(set(recipe.target_modules or ()) - set(READERS_OF_KEYS))
+    if idle and SHARINGS[recipe.sharing].targets == "query_side":
+        raise Refused(f"target_modules {', '.join(idle)}: under {recipe.sharing!r} the member writes no keys or values")
+
+
+def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
+    """Write the module, then the family's entry; a crash between the two leaves a folder that nobody names."""
+    with changing(job.folder):
+        family = read_family(job.folder)
+        family.free_name(job.recipe.member)
+        own = own_module_name(job.recipe.member, family.modules)
+        path = f"modules/{own}"
+        with atomic_directory(job.folder / path) as partial:
+            _save_own(job, partial)
+        family = family.with_module(
+            describe_module(job.folder, own, path, base=BASE if job.recipe.tuner == "lora" else None, family=family)
+        )
+        row = SHARINGS[job.recipe.sharing].instantiate(own)
+        digests = {name: family.module(name).digest for name in row.modules}
+        facts = {k: v for k, v in job.recipe.model_dump(mode="json").items() if k not in ("family", "member")}
+        losses = {"loss": history[-1]["loss"], **({"eval_loss": history[-1]["eval_loss"]} if job.held_out else {})}
+        member = Member(job.recipe.member, row, job.recipe.sharing, digests, facts, losses)
+        write_family(job.folder, family.with_member(member))
+    return member
+
+
+def _save_own(job: Job, target: Path) -> None:
+    recipe, base = job.recipe, module_folder(job.folder, job.family.module(BASE))
+    model = job.modules[job.own].model
+    if recipe.tuner == "lora":
+        assert recipe.r is not None and recipe.lora_alpha is not None
+        return save_adapter(target, model, job.own, r=recipe.r, alpha=recipe.lora_alpha, base=str(BASE))
+    kind = next(read_tensors(weight_files(base)))[1].dtype  # as the base is stored
+    state = {name: tensor.to(kind) for name, tensor in state_of(model).items()}
+    save_checkpoint(target, state, read_json(base / "config.json"))
+
+
+def note_evaluation(folder: Path, member: str, facts: Mapping[str, Any]) -> None:
+    """Remember an evaluation in family.json."""
+    with changing(folder):
+        family = read_family(folder)
+        entry = family.member(member)
+        merged = {**entry.evaluation, **facts}
+        changed = Member(entry.name, entry.row, entry.sharing, entry.digests, entry.recipe, merged)
+        write_family(folder, family.with_member(changed))
+
+
+def first_prompts(recipe: Recipe, count: int) -> list[Record]:
+    """A few held-out prompts (or training ones where none are held out) to show before and after."""
+    return list(read_jsonl(recipe.eval_data or recipe.data[0], skip_bad=True, prompts=recipe.teacher is not None).records[:count])
