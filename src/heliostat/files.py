@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: atomic files and folders, a lock between processes, reading JSON.
+"""Files that are written whole or not at all: atomic files and folders, a lock, JSON.
 
 What is being written lies in ``<name>.partial-<process>-<thread>`` beside its target until it is complete and
 on the disk; then one rename puts it in place. What a process that died left there is swept away by the next
@@ -43,7 +43,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def saving(path: str | Path, *, needed: int | None = None) -> Iterator[Path]:
-    """A path to write one file to; it takes the place of ``path`` if the block ends well, else nothing changes.
+    """A path to write one file to; if the block ends well it replaces ``path``, else nothing changes.
 
     ``needed`` is the size in bytes, where known, for the message if the disk is full.
     """
