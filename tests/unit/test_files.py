@@ -7,13 +7,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heliostat import files
+import heliostat
 from heliostat.errors import Refused
 from heliostat.files import (
     atomic_directory,
@@ -26,7 +27,7 @@ from heliostat.files import (
     sha256_file,
 )
 
-SOURCE = str(Path(files.__file__).parents[1])
+SOURCE = str(Path(heliostat.__file__).parents[1])
 
 
 def names(folder: Path) -> list[str]:
@@ -94,7 +95,7 @@ def test_a_full_disk_is_refused_with_what_was_needed_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     atomic_write_text(tmp_path / "a", "before")
-    monkeypatch.setattr(files.os, step, disk_full)
+    monkeypatch.setattr(os, step, disk_full)
     with pytest.raises(
         Refused, match=r"disk full while writing .*/a: 3\.0 KiB needed, .* free there"
     ) as refused:
@@ -117,7 +118,7 @@ def test_a_folder_that_may_not_be_written_is_refused_by_name(
     def forbidden(source: Path, target: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
 
-    monkeypatch.setattr(files.os, "replace", forbidden)
+    monkeypatch.setattr(os, "replace", forbidden)
     with pytest.raises(Refused, match=r"/a: Permission denied; change its rights"):
         atomic_write_text(tmp_path / "a", "x")
 
@@ -130,9 +131,9 @@ def test_other_errors_of_the_system_stay_what_they_are(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
-from heliostat import files
-files.os.replace = lambda *_: os._exit(9)
-files.atomic_write_text(sys.argv[1], "half")
+from heliostat.files import atomic_write_text
+os.replace = lambda *_: os._exit(9)
+atomic_write_text(sys.argv[1], "half")
 """
 
 
@@ -151,7 +152,7 @@ def test_a_process_killed_before_the_rename_leaves_the_old_file_and_the_next_wri
 
 
 def test_the_sweep_takes_the_dead_and_namesakes_and_spares_the_living_and_strangers(tmp_path: Path) -> None:
-    own = f"{os.getpid()}-{files.threading.get_native_id()}"
+    own = f"{os.getpid()}-{threading.get_native_id()}"
     living = f"a.partial-{os.getppid()}-1"
     kept = [living, "ab.partial-1", f"b.partial-{dead_process()}-1", "a.partial-x-1"]
     for name in [*kept, f"a.partial-{dead_process()}-1", f"a.partial-{own}"]:
@@ -253,6 +254,7 @@ with locked(sys.argv[1]):
 COUNT = """
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from heliostat.files import locked
 counter = Path(sys.argv[1])
