@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.errors import Refused
+from heliostat.files import read_json
 
 UNFINISHED = "\ufffd"
 """What decoders put where the bytes of a character are incomplete, or wrong."""
@@ -238,19 +239,9 @@ def _content(folder: Path) -> dict[str, Any]:
             f"{folder} has no tokenizer.json; heliostat reads fast tokenizers only. "
             "transformers makes one: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
         )
-    content = _read_object(path)
+    content = read_json(path)
     if not isinstance(content.get("model"), dict):
         raise Refused(f"{path} holds no tokenizer: it has no 'model'")
-    return content
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Refused(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise Refused(f"{path} is damaged: it holds {type(content).__name__}, not an object")
     return content
 
 
@@ -259,7 +250,7 @@ def _eos_ids(folder: Path, fast: Any) -> tuple[int, ...]:
     ids = [] if fast.eos_token_id is None else [int(fast.eos_token_id)]
     path = folder / "generation_config.json"
     if path.is_file():
-        named = _read_object(path).get("eos_token_id")
+        named = read_json(path).get("eos_token_id")
         named = named if isinstance(named, list) else [] if named is None else [named]
         if any(type(token) is not int for token in named):
             raise Refused(f"{path}: eos_token_id is {named!r}; it must be a token id or a list of them")

@@ -188,17 +188,17 @@ def _read_sharegpt(item: Mapping[str, Any], prompts: bool) -> Record:
 def _read_prompt(item: Mapping[str, Any], prompts: bool) -> Record:
     """prompt and completion, a text or, as in trl, a list of messages; a prompt's answers are context."""
     prompt = _need(item, "prompt")
-    completion = None if prompts else _need(item, "completion")
-    plain = isinstance(prompt, str) and isinstance(completion, str | None)
     if isinstance(prompt, list):
-        asked = tuple(replace(turn, learned=False) for turn in _turns(prompt, "prompt"))
+        asked = tuple(replace(turn, learned=turn.role != "assistant") for turn in _turns(prompt, "prompt"))
     else:
         asked = (Turn("user", _filled(prompt, "prompt")),)
-    if completion is None:
-        return Record(asked, plain=plain)
+    if prompts:
+        return Record(asked, plain=isinstance(prompt, str))
+    completion = _need(item, "completion")
     if isinstance(completion, list):
         return Record((*asked, *_turns(completion, "completion")))
-    return Record((*asked, Turn("assistant", _filled(completion, "completion"))), plain=plain)
+    answer = Turn("assistant", _filled(completion, "completion"))
+    return Record((*asked, answer), plain=isinstance(prompt, str))
 
 
 def _read_alpaca(item: Mapping[str, Any], prompts: bool) -> Record:
@@ -208,9 +208,8 @@ def _read_alpaca(item: Mapping[str, Any], prompts: bool) -> Record:
         asked = f"{asked}\n{_text(item['input'], 'input')}"
     earlier = [*_system(item), *_history(item.get("history") or [])]
     turns = (*earlier, Turn("user", asked))
-    output = None if prompts else _need(item, "output")
-    if output is not None:
-        turns = (*turns, Turn("assistant", _filled(output, "output")))
+    if not prompts:
+        turns = (*turns, Turn("assistant", _filled(_need(item, "output"), "output")))
     return Record(turns, plain=not earlier)
 
 
