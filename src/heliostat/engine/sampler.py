@@ -39,6 +39,8 @@ def uniform(seed: int, choice: int, place: int) -> float:
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
     """Choose one token for each row of ``logits`` [N, V] (float32, not changed)."""
+    if not draws:
+        return []
     steered = _steer(logits, draws)
     tokens = steered.argmax(dim=-1)
     warm = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]

@@ -56,7 +56,7 @@ class Scheduler:
         max_running: int = 64,
         eos_ids: Collection[int] = (),
     ) -> None:
-        """At most ``max_length`` tokens a request, prompt and answer, and ``max_tokens_per_step`` positions a step."""
+        """At most ``max_length`` tokens of prompt and answer, ``max_tokens_per_step`` positions a step."""
         if not 1 <= max_running <= max_tokens_per_step:
             raise Refused(
                 f"max_running {max_running} with max_tokens_per_step {max_tokens_per_step}: allowed is 1 to "

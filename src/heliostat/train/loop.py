@@ -30,10 +30,13 @@ LOG = "log.jsonl"
 class Micro(Protocol):
     """A part of a step small enough for memory."""
 
-    spoken: int
-    """Tokens that carry loss."""
-    tokens: int
-    """Tokens that run through modules, all modules together."""
+    @property
+    def spoken(self) -> int:
+        """Tokens that carry loss."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that run through modules, all modules together."""
 
     def loss(self) -> Tensor:
         """Sum (not mean) of the losses of its spoken tokens, with a tape."""
