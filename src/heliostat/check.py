@@ -50,8 +50,9 @@ def check_family(
         family.member(name)
     if sharing is not None:
         choose(sharing, SHARINGS, what="sharing")
-    broken = yield from _files(folder, family)
-    if broken:
+    files = list(_files(folder, family))
+    yield from files
+    if not all(finding.ok for finding in files):
         return
     tokenizer = load_tokenizer(folder, family)
     yield Finding("tokenizer", True, f"digest {tokenizer.digest[:12]}")
@@ -63,21 +64,17 @@ def check_family(
 
 
 def _files(folder: Path, family: Family) -> Iterator[Finding]:
-    broken = False
     for name, module in family.modules.items():
         try:
             verify_module(folder, family, name, fresh=True)
             yield Finding(f"module {name}", True, f"{module.parameters:,} parameters, digest {module.digest[:12]}")
         except Refused as error:
-            broken = True
             yield Finding(f"module {name}", False, str(error))
     for name in family.members:
         try:
             verify_member(family, name)
         except Refused as error:
-            broken = True
             yield Finding(f"member {name}", False, str(error))
-    return broken  # type: ignore[return-value]
 
 
 def _agreement(family: Family, member: str, modules: dict[str, Loaded], tokenizer: Tokenizer) -> Finding:

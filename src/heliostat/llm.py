@@ -111,9 +111,11 @@ class LLM:
             if not self.tokenizer.has_template:
                 return tuple(self.tokenizer.plain_prompt_ids(prompt))
             return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
-        if prompt and isinstance(prompt[0], int):
-            return tuple(int(token) for token in prompt)  # type: ignore[call-overload]
-        return tuple(self.tokenizer.prompt_ids(list(prompt)))  # type: ignore[arg-type]
+        ids = [token for token in prompt if isinstance(token, int)]
+        messages = [message for message in prompt if isinstance(message, Mapping)]
+        if ids and messages:
+            raise Refused("a prompt is either token ids or messages, not both")
+        return tuple(ids) if ids else tuple(self.tokenizer.prompt_ids(messages))
 
     def generate(
         self,

@@ -78,8 +78,9 @@ def put_adapter(model: nn.Module, path: str, name: str, *, r: int, scale: float)
     """Put one fresh adapter on the Linear at ``path``; the Linear is wrapped the first time."""
     module = model.get_submodule(path)
     if not isinstance(module, AdaptedLinear):
+        assert isinstance(module, nn.Linear), f"{path} is no Linear"
         parent, _, leaf = path.rpartition(".")
-        wrapped = AdaptedLinear(module)  # type: ignore[arg-type]
+        wrapped = AdaptedLinear(module)
         setattr(model.get_submodule(parent), leaf, wrapped)
         module = wrapped
     weight = module.inner.weight
@@ -95,7 +96,7 @@ def adapter_of(model: nn.Module, name: str) -> dict[str, LowRank]:
         for path, module in model.named_modules()
         if isinstance(module, AdaptedLinear) and _key(name) in module.adapters
     }
-    return dict(sorted(found.items()))  # type: ignore[arg-type]
+    return dict(sorted(found.items()))
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

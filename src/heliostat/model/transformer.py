@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, attend, route, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, angles, attend, route, use_reentrant=False)
             else:
                 x = block(x, angles, attend, route)
         return self.model.norm(x)

@@ -146,7 +146,7 @@ def digest_tensors(tensors: Iterable[tuple[str, Tensor]], facts: Mapping[str, An
 def _digest_tensor(name: str, tensor: Tensor) -> bytes:
     head = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
     part = hashlib.sha256(head)
-    part.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    part.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return part.digest()
 
 

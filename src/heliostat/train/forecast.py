@@ -125,7 +125,7 @@ def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
     """Parameters that are trained, and bytes of the member's own weights (with their copies in bfloat16)."""
     if recipe.tuner == "lora":
         sides = _sides(config)
-        trained = sum(recipe.r * sum(sides[name]) for name in recipe.target_modules or ()) * config.layers  # type: ignore[operator]
+        trained = config.layers * (recipe.r or 0) * sum(sum(sides[name]) for name in recipe.target_modules or ())
         return trained, trained * 4
     trained = config.parameters
     if SHARINGS[recipe.sharing].targets == "query_side":

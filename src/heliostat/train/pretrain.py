@@ -123,7 +123,7 @@ def _run(
     )
     model.checkpointing = recipe.gradient_checkpointing
     ignored = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_steps"}
-    data = hashlib.sha256(rows.ids.numpy()).hexdigest()
+    data = hashlib.sha256(rows.ids.numpy().data).hexdigest()
     identity = identity_of(recipe.model_dump(exclude=ignored) | {"tokenizer": tokenizer, "rows": data})
 
     def judge() -> dict[str, float]:

@@ -12,7 +12,7 @@ The loss is SUN's (arXiv 2603.02599), PrefillShare's (arXiv 2602.12029) or ICaRu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def lay_out(examples: Sequence[Example], row: Row) -> Layout:
         bounds = [(row.boundary(start), start, stop) for start, stop in example.answers]
         stop = example.answers[-1][1] - 1 if goes_on else bounds[-1][0]
         prompts.append(example.ids[:stop])
-        columns = []
+        columns: list[tuple[int, int, int, int]] = []
         for answer, (boundary, start, end) in enumerate(bounds):
             for position in range(start - 1, end - 1):
                 if position < boundary or one_voice:
@@ -158,10 +158,18 @@ def to_device(layout: Layout, device: torch.device) -> Layout:
     """The same layout with its tensors on ``device``."""
     if device.type == "cpu":
         return layout
-    answers = layout.answers and Answers(*(getattr(layout.answers, f).to(device) for f in Answers.__slots__))
-    pairs = [tuple(t.to(device) for t in pair) for pair in (layout.from_prompt, layout.from_answers)]
-    return Layout(
-        layout.prompt.to(device), answers, *pairs, layout.targets.to(device), layout.where.to(device), layout.tokens
+    answers = layout.answers
+    if answers is not None:
+        fields = (answers.ids, answers.positions, answers.starts, answers.number)
+        answers = Answers(*(field.to(device) for field in fields))
+    return replace(
+        layout,
+        prompt=layout.prompt.to(device),
+        answers=answers,
+        from_prompt=(layout.from_prompt[0].to(device), layout.from_prompt[1].to(device)),
+        from_answers=(layout.from_answers[0].to(device), layout.from_answers[1].to(device)),
+        targets=layout.targets.to(device),
+        where=layout.where.to(device),
     )
 
 
