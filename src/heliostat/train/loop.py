@@ -205,7 +205,8 @@ def take_step(
     for micro in micros:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.bf16):
             loss = micro.loss() / spoken
-        loss.backward()
+        if loss.requires_grad:  # a row may leave all that is said in these examples to a frozen module
+            loss.backward()
         total += float(loss.detach())
     if not math.isfinite(total):
         raise Refused(f"the loss became {total} at step {step + 1}: lower --learning-rate, or look at the data there")
