@@ -50,10 +50,10 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff format
 
 bench: $(STAMP)  ## time of a training step against its cost model
-	$(BIN)/heliostat bench
+	$(BIN)/python -m heliostat.bench.step_time
 
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
-	$(BIN)/heliostat results
+	$(BIN)/python -m heliostat.bench.results
 
 docs: $(STAMP)  ## every command, verb and link that the pages name exists
 	$(BIN)/python -m pytest -q tests/house/test_readme.py

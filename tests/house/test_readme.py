@@ -1,6 +1,5 @@
 """What the pages tell a reader to type exists: commands with their options, make's verbs, links."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,13 @@ from typing import Any
 import pytest
 import typer
 
+from heliostat.cli import app
 from tests.house.pages import Page, anchors, broken_links, commands, pages, read, verbs, verbs_named
-from tests.house.source import ROOT
+from tests.house.source import ROOT, modules
 
 
 def real_command_line() -> Any:
     """The parser behind ``heliostat``."""
-    app = getattr(importlib.import_module("heliostat.cli"), "app", None)
-    if app is None:
-        pytest.skip("heliostat.cli has no app yet")
     return typer.main.get_command(app)
 
 
@@ -65,6 +62,11 @@ def test_every_command_line_of_the_makefile_is_understood() -> None:
     assert [reason for line in lines if (reason := misunderstood(command, line, whole=True))] == []
 
 
+def test_every_module_that_the_makefile_runs_exists() -> None:
+    run = re.findall(r"-m (heliostat[\w.]*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert [name for name in run if name not in modules()] == []
+
+
 def test_the_readme_shows_commands() -> None:
     assert len(list(commands(read(ROOT / "README.md"), "heliostat"))) >= 5
 
@@ -87,9 +89,9 @@ def test_every_verb_of_make_that_the_pages_name_exists() -> None:
 @pytest.fixture
 def command() -> Any:
     """A small command line: ``train FOLDER --member NAME [--bf16]`` and ``member rm FOLDER``."""
-    app, member = typer.Typer(), typer.Typer()
+    small, member = typer.Typer(), typer.Typer()
 
-    @app.command()
+    @small.command()
     def train(folder: str, member: str = typer.Option(), bf16: bool = False) -> None: ...
 
     @member.command()
@@ -98,8 +100,8 @@ def command() -> Any:
     @member.command()
     def rename(folder: str) -> None: ...
 
-    app.add_typer(member, name="member")
-    return typer.main.get_command(app)
+    small.add_typer(member, name="member")
+    return typer.main.get_command(small)
 
 
 def page(folder: Path, text: str) -> Page:
