@@ -1,0 +1,29 @@
+"""``heliostat demo``: one embedded task in every way of sharing, with a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heliostat.cli.printing import Json
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the family and the report.")] = Path("out/demo"),
+    task: Annotated[str, typer.Option(help="Embedded task: tools, math or edit.")] = "tools",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps of each member.", show_default="by the task")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Interrupt it and run it again: it goes on. The report is OUT/report.html and opens without a server."""
+    from heliostat.family import choose
+    from heliostat.tasks import TASKS
+
+    choose(task, TASKS, what="task")
+    from heliostat.bench.demo import main
+
+    wishes = {} if steps is None else {"steps": steps}
+    main(out=out, task=task, as_json=as_json, **wishes)
