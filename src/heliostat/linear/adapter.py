@@ -50,8 +50,11 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
             raise Refused(f"{folder}: {option} {config[option]!r} is not supported (only {off!r})")
     if (r := config.get("r")) is None or not isinstance(r, int) or r < 1:
         raise Refused(f"{folder}: r must be a positive whole number, it is {r!r}")
-    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    return {key: config[key] for key in keys if config.get(key)}
+    keys = ("r", "use_rslora", "rank_pattern", "alpha_pattern")
+    facts = {key: config[key] for key in keys if config.get(key)}
+    return facts | {
+        "lora_alpha": float(config.get("lora_alpha") or 8)
+    }  # 16 and 16.0 are one adapter, so one digest
 
 
 def adapter_file(folder: Path) -> Path:
@@ -61,7 +64,9 @@ def adapter_file(folder: Path) -> Path:
         return folder / WEIGHTS
     pickles = sorted(p.name for p in folder.glob("adapter_model*") if p.suffix in PICKLES)
     if pickles:
-        raise Refused(f"{folder / pickles[0]} is a pickle, and heliostat opens none; save the adapter as safetensors")
+        raise Refused(
+            f"{folder / pickles[0]} is a pickle, and heliostat opens none; save the adapter as safetensors"
+        )
     raise Refused(f"{folder} has no {WEIGHTS}")
 
 
@@ -76,7 +81,9 @@ def load_adapter(folder: Path, model: nn.Module, name: str) -> None:
         r = pair["A"].shape[0]
         if pair["A"].shape != (r, inputs) or pair["B"].shape != (outputs, r):
             shapes = f"{tuple(pair['A'].shape)}, {tuple(pair['B'].shape)}"
-            raise Refused(f"{folder}: {path} has A, B of {shapes}; the base's Linear is {inputs} -> {outputs}")
+            raise Refused(
+                f"{folder}: {path} has A, B of {shapes}; the base's Linear is {inputs} -> {outputs}"
+            )
         adapter = put_adapter(model, path, name, r=r, scale=_scale(facts, path, r))
         adapter.to(linear.weight.dtype)
         adapter.a.data.copy_(pair["A"])
