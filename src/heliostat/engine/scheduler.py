@@ -123,7 +123,7 @@ class Scheduler:
         writing = _Writing(self.table)
         stops = self._stops(writing)
         chunks, preempted = self._reserve(stops)
-        if not preempted:  # else a later arrival could take the pages that an earlier one just gave up
+        if not preempted:  # a pool that just ran out has no room for newcomers
             budget = self.max_tokens_per_step - sum(c.stop - c.start for c in chunks)
             chunks += self._admit(writing, budget=budget)
             chunks.sort(key=lambda chunk: chunk.request.arrival)
