@@ -1,4 +1,4 @@
-"""Lessons about numbers: words and digits, equations, chains of steps, running totals, clock times and durations."""
+"""Lessons about numbers: words and digits, equations, chains of steps, running totals, clocks and amounts."""
 
 import random
 
@@ -14,7 +14,9 @@ from heliostat.tasks.words import (
     spoken_time,
 )
 
+_DIGIT_SIGNS = {"+": "+", "-": "-", "*": "*", "/": "/"}
 _SIGNS = (
+    _DIGIT_SIGNS,
     {"+": "+", "-": "-", "*": "*", "/": "/"},
     {"+": "+", "-": "-", "*": "x", "/": ":"},
     {"+": "plus", "-": "minus", "*": "times", "/": "over"},
@@ -23,7 +25,9 @@ _SIGNS = (
 
 
 def small_number(rng: random.Random) -> int:
-    return rng.choice((rng.randrange(1, 21), rng.randrange(1, 100), rng.randrange(1, 100)))
+    return rng.choice(
+        (rng.randrange(1, 21), rng.randrange(1, 61), rng.randrange(1, 61), rng.randrange(1, 100))
+    )
 
 
 def said(rng: random.Random, number: int, words: float = 0.5) -> str:
@@ -31,16 +35,18 @@ def said(rng: random.Random, number: int, words: float = 0.5) -> str:
     return number_words(number) if rng.random() < words else str(number)
 
 
-def equation(rng: random.Random, before: int | None = None, largest: int = 99) -> tuple[int, str, int, int]:
-    """(before, sign, operand, after), all within 1..largest; a division comes out even."""
+def equation(rng: random.Random, before: int | None = None) -> tuple[int, str, int, int]:
+    """(before, sign, operand, after), all within 1..99, small ones more often; a division comes out even."""
+    largest, operands = rng.choice(((20, 9), (60, 20), (60, 20), (60, 20), (99, 98)))
     start = rng.randrange(1, largest) if before is None else before
+    largest = largest if start < largest else 99
     while True:
         sign = rng.choice("+-+-*/")
         if sign == "+" and start < largest:
-            operand = rng.randrange(1, largest - start + 1)
+            operand = rng.randrange(1, min(operands, largest - start) + 1)
             return start, "+", operand, start + operand
         if sign == "-" and start > 1:
-            operand = rng.randrange(1, start)
+            operand = rng.randrange(1, min(operands, start - 1) + 1)
             return start, "-", operand, start - operand
         if sign == "*" and 1 < start <= largest // 2:
             operand = rng.randrange(2, min(9, largest // start) + 1)
@@ -62,16 +68,30 @@ def words_and_digits(rng: random.Random) -> Document:
 
 
 def equations(rng: random.Random) -> Document:
-    """A list of sums in one style, digits mostly."""
-    signs = rng.choice(_SIGNS)
-    equals = rng.choice((" = ", " = ", " = ", " -> ", " makes ", " is ", ": ", "="))
-    words = rng.choice((0.0, 0.0, 0.0, 0.3, 1.0))
+    """A list of sums in one style, plain digits mostly."""
+    if rng.random() < 0.6:
+        signs, equals, words = _DIGIT_SIGNS, " = ", 0.0
+    else:
+        signs, words = rng.choice(_SIGNS), rng.choice((0.0, 0.3, 1.0))
+        equals = rng.choice((" -> ", " makes ", " is ", ": ", "="))
     lines = []
-    for _ in range(rng.randrange(8, 16)):
+    for _ in range(rng.randrange(6, 13)):
         before, sign, operand, after = equation(rng)
         left = f"{said(rng, before, words)} {signs[sign]} {said(rng, operand, words)}"
         lines.append(f"{left}{equals}{said(rng, after, words == 1.0)}")
     return text(rng.choice(("\n", ", ", "; ", ". ", " ")).join(lines[: 9 if words else 16]))
+
+
+def equation_chains(rng: random.Random) -> Document:
+    """Rows of sums where each goes on from the last one's result."""
+    joint, rows = rng.choice(_JOINTS), []
+    for _ in range(rng.randrange(2, 5)):
+        number, row = small_number(rng), []
+        for _ in range(rng.randrange(2, 5)):
+            before, sign, operand, number = equation(rng, number)
+            row.append(f"{before} {sign} {operand} = {number}")
+        rows.append(joint.join(row))
+    return text(rng.choice(("\n", "\n\n", "\n- ")).join(rows))
 
 
 def tables(rng: random.Random) -> Document:
@@ -108,6 +128,8 @@ _MOVES = {
     "/": ("divide by {}", "split in {}", "one of {} parts"),
 }
 _WORKED = (
+    "{a} {s} {b} = {c}",
+    "{a} {s} {b} = {c}",
     "{a} {s} {b} = {c}",
     "{a} {s} {b} = {c}",
     "{a}{s}{b}={c}",
@@ -181,8 +203,8 @@ def running_totals(rng: random.Random) -> Document:
 
 
 def stories_worked(rng: random.Random) -> Document:
-    """Stories without a count become the list of sums behind them, in a convention that the examples share."""
-    worked, joint, words = rng.choice(_WORKED[:5]), rng.choice(_JOINTS), rng.choice((0.0, 0.5, 1.0))
+    """Stories become the list of sums behind them, in a convention that the examples share."""
+    worked, joint, words = rng.choice(_WORKED[:7]), rng.choice(_JOINTS), rng.choice((0.0, 0.5, 1.0))
     pairs: list[Pair] = []
     for _ in range(3):
         who, things = rng.choice(NAMES), rng.choice(THINGS)
@@ -207,28 +229,51 @@ def clock_times(rng: random.Random) -> Document:
     return lesson(rng, pairs, rng.choice(("", "time in digits", "on the 24 hour clock", "what time is it")))
 
 
-def durations(rng: random.Random) -> Document:
-    named: tuple[tuple[str, int], ...] = (
-        ("half an hour", 30),
-        ("three quarters of an hour", 45),
-        ("an hour", 60),
-        ("an hour and a half", 90),
-    )
-    named += (
-        ("two hours", 120),
-        ("two and a half hours", 150),
-        ("a dozen", 12),
-        ("half a dozen", 6),
-        ("a couple of", 2),
-    )
+_AMOUNTS = {"half an hour": 30, "three quarters of an hour": 45, "an hour": 60, "an hour and a half": 90}
+_AMOUNTS |= {"two hours": 120, "two and a half hours": 150, "a dozen": 12, "half a dozen": 6, "two dozen": 24}
+_AMOUNTS |= {"three dozen": 36, "a couple of": 2, "a quarter": 25, "half": 50, "three quarters": 75}
+
+
+def amounts(rng: random.Random) -> Document:
+    """Amounts that have names: minutes, dozens, shares of a hundred."""
     pairs = []
     for _ in range(rng.randrange(4, 10)):
-        words, number = rng.choice(named)
-        if rng.random() < 0.4:
-            number = rng.randrange(2, 60)
-            words = f"{number_words(number)} minutes"
+        words = rng.choice(list(_AMOUNTS))
+        number = _AMOUNTS[words]
+        if rng.random() < 0.5:
+            hours, minutes = rng.randrange(0, 3), 5 * rng.randrange(1, 12)
+            number = 60 * hours + minutes
+            hour_words = ("", "an hour and ", "two hours and ")[hours]
+            words = f"{hour_words}{number_words(minutes)} minutes"
         pairs.append((words, str(number)))
-    return lesson(rng, pairs, rng.choice(("", "as a number")))
+    return lesson(rng, pairs, rng.choice(("", "as a number", "how much is it")))
+
+
+def clock_sums(rng: random.Random) -> Document:
+    """A time and some minutes later or earlier, in words or on the digital clock."""
+    pairs = []
+    digital = rng.random() < 0.4
+    later, earlier = rng.choice((("{t} + {m}", "{t} - {m}"), ("{m} later than {t}", "{m} earlier than {t}")))
+    for _ in range(rng.randrange(3, 8)):
+        hour, minute = rng.randrange(5, 22), 5 * rng.randrange(12)
+        minutes = rng.choice((10, 15, 20, 30, 30, 60, 60))
+        shift = rng.choice((-1, 1)) * minutes
+        told = clock(hour, minute) if digital else spoken_time(rng, hour, minute)
+        amount = {30: "half an hour", 60: "an hour"}.get(minutes, f"{number_words(minutes)} minutes")
+        asked = (later if shift > 0 else earlier).format(t=told, m=amount)
+        pairs.append((asked, clock(*divmod(60 * hour + minute + shift, 60))))
+    return lesson(rng, pairs, rng.choice(("", "what time is it", "24 hours")))
+
+
+def days_in_order(rng: random.Random) -> Document:
+    pairs = []
+    after, before = rng.choice(
+        (("after {}", "before {}"), ("{} + 1", "{} - 1"), ("next of {}", "last of {}"))
+    )
+    for i in rng.sample(range(7), rng.randrange(2, 6)):
+        step = rng.choice((-1, 1))
+        pairs.append(((after if step > 0 else before).format(DAYS[i]), DAYS[(i + step) % 7]))
+    return lesson(rng, pairs, rng.choice(("", "which day")))
 
 
 def timetable(rng: random.Random) -> Document:

@@ -1,4 +1,4 @@
-"""Lessons about records: facts or requests become JSON under schemas, key names and function names told in context."""
+"""Lessons about records: facts and requests become JSON, under schemas and names that the context gives."""
 
 import json
 import random
@@ -30,12 +30,12 @@ from heliostat.tasks.words import (
 )
 
 _KEYS = listed(
-    "name who person friend user owner room place where zone city town day date when at time start hour item thing "
-    "object what task job note text body title label kind type style color size count number amount total level "
-    "value percent degrees celsius volume minutes length for with to from id key state genre"
+    "name who person friend user owner room place where zone city town day date when at time start hour item "
+    "thing object what task job note text body title label kind type style color size count number amount "
+    "total level value percent degrees celsius volume minutes length for with to from id key state genre"
 )
-_FUNCTION_VERBS = listed("set get add make send show start stop find open new do")
-_FUNCTION_NOUNS = listed("lamp clock list mail call song note heat day task plan item room trip sky talk")
+_FUNCTION_VERBS = listed("set get add make send show start find")
+_FUNCTION_NOUNS = listed("lamp clock list mail song note heat day task plan room trip")
 _FUNCTIONS = tuple(
     f"{verb}{joint}{noun}" for verb in _FUNCTION_VERBS for joint in ("_", ".", "") for noun in _FUNCTION_NOUNS
 )
@@ -55,6 +55,12 @@ Draw = Callable[[random.Random], Fact]
 def _time_fact(rng: random.Random) -> Fact:
     hour, minute = random_time(rng)
     return Fact(clock(hour, minute), spoken_time(rng, hour, minute))
+
+
+def _day_fact(rng: random.Random) -> Fact:
+    i, step = rng.randrange(7), rng.choice((-1, 0, 0, 0, 1))
+    said = {-1: f"the day before {DAYS[i]}", 0: DAYS[i], 1: f"the day after {DAYS[i]}"}[step]
+    return Fact(DAYS[(i + step) % 7], said)
 
 
 def _number_fact(rng: random.Random) -> Fact:
@@ -86,13 +92,13 @@ def _word_fact(words: tuple[str, ...]) -> Draw:
     return lambda rng: Fact(word := rng.choice(words), word)
 
 
-_name, _room, _day, _city = _word_fact(NAMES), _word_fact(ROOMS), _word_fact(DAYS), _word_fact(CITIES)
+_name, _room, _city = _word_fact(NAMES), _word_fact(ROOMS), _word_fact(CITIES)
 _item, _genre, _chore, _note = _word_fact(GROCERIES), _word_fact(MUSIC), _word_fact(CHORES), _word_fact(NOTES)
 _thing, _adjective = _word_fact(THINGS + NOUNS), _word_fact(ADJECTIVES)
 _ANY: tuple[Draw, ...] = (
     _name,
     _room,
-    _day,
+    _day_fact,
     _city,
     _item,
     _thing,
@@ -107,7 +113,7 @@ _ANY += (_minutes_fact, _share_fact, _genre)
 
 # Requests in wordings of their own: {0}, {1}, ... are the facts in the order of the draws.
 _REQUESTS: tuple[tuple[tuple[Draw, ...], tuple[str, ...]], ...] = (
-    ((_time_fact, _day), ("i get up at {0} on {1}", "{1} {0} ring the bell", "call me at {0} {1}")),
+    ((_time_fact, _day_fact), ("i get up at {0} on {1}", "{1} {0} ring the bell", "call me at {0} {1}")),
     ((_minutes_fact, _item), ("cook the {1} for {0}", "{0} for the {1} from now", "leave the {1} for {0}")),
     (
         (_room, _share_fact),
@@ -125,10 +131,13 @@ _REQUESTS: tuple[tuple[tuple[Draw, ...], tuple[str, ...]], ...] = (
     ),
     ((_number_fact, _item), ("get {0} {1}", "the shop list needs {0} {1}", "{0} {1} more on my list")),
     (
-        (_name, _day, _time_fact),
+        (_name, _day_fact, _time_fact),
         ("see {0} {1} at {2}", "lunch with {0} at {2} on {1}", "{0} comes at {2} {1}"),
     ),
-    ((_city, _day), ("rain or sun in {0} {1}?", "tell me the sky of {0} for {1}", "{1} in {0}: is it warm?")),
+    (
+        (_city, _day_fact),
+        ("rain or sun in {0} {1}?", "tell me the sky of {0} for {1}", "{1} in {0}: is it warm?"),
+    ),
     ((_name, _number_fact, _thing), ("give {0} {1} {2}", "{0} wants {1} {2}", "bring {1} {2} to {0}")),
     (
         (_thing, _adjective, _room),
@@ -190,7 +199,7 @@ def requests_told(rng: random.Random) -> Document:
     said, values = _request(rng, draws, ways)
     call = json.dumps({"call": name} | dict(zip(keys, values, strict=True)))
     shown = rng.choice(
-        (f"{name}({', '.join(keys)})", json.dumps({"call": name} | {key: "..." for key in keys}))
+        (f"{name}({', '.join(keys)})", json.dumps({"call": name} | dict.fromkeys(keys, "...")))
     )
     head = rng.choice(("use", "write", "answer with", "format", "as json"))
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Lessons about words: copying, order, places, capitals, replacement, questions about a text, and plain prose."""
+"""Lessons about words: copying, order, places, capitals, replacement, questions about a text, plain prose."""
 
 import random
 from collections.abc import Callable

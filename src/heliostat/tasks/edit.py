@@ -103,11 +103,11 @@ _FRAMES = ("{asked}: {text}", "{asked} in this text: {text}", "please {asked}: {
 
 
 def generate(rng: random.Random) -> Item:
-    """One or two edits of one sentence; the sentence is the fact: no test sentence is ever seen in training."""
-    words = sentence(rng, rng.randrange(4, 9))
+    """One or two edits of one sentence; the sentence is the fact, so no test sentence is seen in training."""
+    words = sentence(rng, rng.randrange(4, 8))
     first = rng.choice(_EDITS)(rng, words)
     edits = [first]
-    if rng.random() < 0.35:
+    if rng.random() < 0.3:
         # The second edit is chosen for, and applied to, what the first one leaves.
         edits.append(rng.choice(_EDITS)(rng, first.apply(words)))
     asked, result = " and then ".join(edit.asked for edit in edits), words

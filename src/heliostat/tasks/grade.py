@@ -15,11 +15,11 @@ def grade(metric: str, answer: str, reference: str) -> bool:
 
     exact:    the same text, white space at both ends aside.
     contains: the reference's final answer (see `final_answer`) stands in the answer as whole words or a whole
-              number, in any case: "12" is in "so 12." and "x=12,", not in "312", "-12", "1,200", "12.5" or "12th".
-              If both texts mark their final answer, only the part behind the answer's last mark counts, so that
-              a number on the way to a wrong result is no hit.
-    command:  both are strict JSON of the same value; the order of keys and white space are free, text around the
-              JSON, NaN and repeated keys are wrong; 1, 1.0, "1" and true all differ.
+              number, in any case: "12" is in "so 12." and "x=12,", not in "312", "-12", "1,200" or "12.5".
+              If both texts mark their final answer, only what is behind the answer's last mark counts: a
+              number on the way to a wrong result is no hit.
+    command:  both are strict JSON of the same value; the order of keys and white space are free; text around
+              the JSON, NaN and repeated keys are wrong; 1, 1.0, "1" and true all differ.
 
     Refused: an unknown metric; for `contains` an empty reference; for `command` a reference that is not JSON.
     """
@@ -33,7 +33,7 @@ def grade(metric: str, answer: str, reference: str) -> bool:
 
 
 def final_answer(text: str) -> str:
-    """What a worked text ends in: what follows its last "answer:" or "####", else its last line that is not empty.
+    """What a worked text ends in: what follows its last "answer:" or "####", else its last non-empty line.
 
     White space around it and a full stop behind it are dropped.
     """

@@ -1,4 +1,4 @@
-"""How the corpus lays out a lesson: pairs of input and output that share one convention, told or shown in context."""
+"""How the corpus lays out a lesson: pairs of input and output that share a convention, told or shown."""
 
 import random
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ Document = dict[str, Any]
 """{"text": ...}, or {"messages": [{"role", "content"}, ...]}."""
 Pair = tuple[str, str]
 
-# About 250 tokens of our tokenizer; a document must fit a training window of 256.
-_ROOM = 540
+# In characters. Most documents are about as long as a task's prompt and answer, 100 tokens and some; a few
+# are as long as the training window of 256 tokens, so that all positions are learned.
+_ROOM, _LARGE_ROOM, _LARGE = 300, 540, 0.2
 
 _LABELS = (
     ("in: ", "\nout: ", "\n"),
@@ -36,7 +37,7 @@ def chat(*turns: str, system: str = "") -> Document:
     return {"messages": messages}
 
 
-def fitting(pairs: Sequence[Pair], room: int = _ROOM) -> list[Pair]:
+def fitting(pairs: Sequence[Pair], room: int) -> list[Pair]:
     """The first pairs that fit the room together, at least one."""
     kept: list[Pair] = []
     used = 0
@@ -53,7 +54,7 @@ def lesson(rng: random.Random, pairs: Sequence[Pair], told: str = "") -> Documen
 
     `told` says the convention in words; where it is absent the reader must infer it from the earlier pairs.
     """
-    pairs = fitting(pairs, _ROOM - len(told))
+    pairs = fitting(pairs, (_LARGE_ROOM if rng.random() < _LARGE else _ROOM) - len(told))
     layout = rng.random()
     if layout < 0.35:
         before, between, after = rng.choice(_LABELS)

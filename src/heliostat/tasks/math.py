@@ -1,4 +1,4 @@
-"""The task `math`: a short story with numbers, one to three steps, becomes a worked answer that ends in the number."""
+"""The task `math`: a short story of one to three sums becomes a worked answer that ends in the number."""
 
 import random
 from dataclasses import dataclass
@@ -6,98 +6,118 @@ from dataclasses import dataclass
 from heliostat.tasks.task import Item
 from heliostat.tasks.words import ADJECTIVES, NAMES, THINGS, number_words, pick_other
 
-_LARGEST = 99
+# Small enough that a model of a million parameters can know the sums by heart: the story is the hard part.
+_LARGEST, _OPERANDS, _FACTORS = 60, 20, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One kind of event: its sum, and the sentences that tell it and ask for it; {n} is the operand."""
+
+    operator: str
+    told: tuple[str, ...]
+    asked: tuple[str, ...]
+    last: bool = False
+    """Nothing can follow: the number is one of another thing from here on."""
+
+
+_NOW = ("how many {things} does {who} have now?", "how many {things} is that?")
+_LEFT = ("how many {things} are left?", "how many {things} does {who} keep?")
+_EVENTS = (
+    Event(
+        "+",
+        (
+            "{who} buys {n} more",
+            "{other} gives {who} {n}",
+            "{who} finds {n}",
+            "{n} more come from {other}",
+            "then {who} gets {n}",
+        ),
+        _NOW,
+    ),
+    Event(
+        "-",
+        (
+            "{who} gives {n} to {other}",
+            "{who} loses {n}",
+            "{n} get broken",
+            "{other} takes {n}",
+            "{who} sells {n}",
+        ),
+        _LEFT,
+    ),
+    Event("*", ("soon {who} has {n} times that", "{who} makes it {n} times as many"), _NOW),
+    Event("*2", ("{who} doubles them", "soon {who} has twice as many"), _NOW),
+    Event("/2", ("half of them go to {other}", "{who} sells half of them", "one half gets lost"), _LEFT),
+    Event(
+        "/",
+        ("{who} shares them among {n} friends", "they go into {n} equal bags"),
+        ("how many {things} in each share?", "how many {things} for each?"),
+        last=True,
+    ),
+    Event("+", ("{other} has {n} more than that",), ("how many {things} does {other} have?",), last=True),
+    Event("-", ("{other} has {n} fewer than that",), ("how many {things} does {other} have?",), last=True),
+)
+_OFTEN = (4, 4, 2, 1, 2, 2, 1, 1)
+_ASIDES = ("{other} is {n} years old", "{other} has {n} cats", "it is day {n}", "a bag costs {n} coins")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`before` <operator> `operand` = `after`, and the sentence that tells it; {n} stands for the operand."""
+    """`before` <operator> `operand` = `after`."""
 
+    event: Event
     before: int
-    operator: str
     operand: int
     after: int
-    told: str
 
     @property
     def worked(self) -> str:
-        return f"{self.before} {self.operator} {self.operand} = {self.after}"
+        return f"{self.before} {self.event.operator[0]} {self.operand} = {self.after}"
 
 
-_GAINS = (
-    "{who} buys {n} more",
-    "{other} gives {who} {n}",
-    "{who} finds {n}",
-    "{n} more arrive from {other}",
-    "then {who} gets {n}",
-)
-_LOSSES = (
-    "{who} gives {n} to {other}",
-    "{who} loses {n}",
-    "{n} get broken",
-    "{other} takes {n}",
-    "{who} sells {n}",
-)
-_TIMES = (
-    "{other} has {n} times as many",
-    "then {who} has {n} times that",
-)
-_SHARES = (
-    "{who} shares them among {n} friends",
-    "they go into {n} equal bags",
-)
-_ASKS = {
-    "+": ("how many {things} does {who} have now?", "how many {things} are there?"),
-    "-": ("how many {things} are left?", "how many {things} does {who} keep?"),
-    "*": ("how many {things} is that?",),
-    "/": ("how many {things} are in each share?", "how many {things} for each?"),
-}
+def _operands(event: Event, before: int) -> range | list[int]:
+    """What may follow the operator so that the result is whole and within 1..60; empty if nothing may."""
+    if event.operator == "+":
+        return range(2, min(_OPERANDS, _LARGEST - before) + 1)
+    if event.operator == "-":
+        return range(2, min(_OPERANDS + 1, before))
+    factors = [2] if event.operator[1:] else range(2, _FACTORS + 1)
+    if event.operator[0] == "*":
+        return [k for k in factors if before * k <= _LARGEST]
+    return [k for k in factors if before % k == 0 and before > k]
 
 
-def _steps(rng: random.Random, start: int, count: int) -> list[Step]:
-    """`count` steps whose numbers stay within 1..99 and whose divisions come out even; the last may be a division."""
+def _steps(rng: random.Random, number: int, count: int) -> list[Step]:
     steps: list[Step] = []
     while len(steps) < count:
-        before = steps[-1].after if steps else start
-        operator = rng.choice("++--*/")
-        if operator == "/" and len(steps) < count - 1:
-            continue  # "each share" is a number of another thing: nothing can follow
-        step = _step(rng, before, operator)
-        if step is not None:
-            steps.append(step)
+        event = rng.choices(_EVENTS, _OFTEN)[0]
+        operands = _operands(event, number)
+        if not operands or (event.last and len(steps) < count - 1):
+            continue
+        operand = rng.choice(operands)
+        after = {"+": number + operand, "-": number - operand, "*": number * operand, "/": number // operand}
+        steps.append(Step(event, number, operand, after[event.operator[0]]))
+        number = steps[-1].after
     return steps
 
 
-def _step(rng: random.Random, before: int, operator: str) -> Step | None:
-    if operator == "+" and before < _LARGEST - 2:
-        operand = rng.randrange(2, min(40, _LARGEST - before) + 1)
-        return Step(before, "+", operand, before + operand, rng.choice(_GAINS))
-    if operator == "-" and before > 4:
-        operand = rng.randrange(2, min(40, before - 1))
-        return Step(before, "-", operand, before - operand, rng.choice(_LOSSES))
-    if operator == "*" and before <= 33:
-        operand = rng.randrange(2, min(9, _LARGEST // before) + 1)
-        return Step(before, "*", operand, before * operand, rng.choice(_TIMES))
-    divisors = [k for k in range(2, 10) if before % k == 0 and before > k]
-    if operator == "/" and divisors:
-        operand = rng.choice(divisors)
-        return Step(before, "/", operand, before // operand, rng.choice(_SHARES))
-    return None
-
-
 def generate(rng: random.Random) -> Item:
-    """One story; its chain of equations is the fact, so no test chain is ever seen in training, whatever the story."""
+    """One story; its chain of equations is the fact, so no test chain is seen in training, however told."""
     things, who = rng.choice(THINGS), rng.choice(NAMES)
     other = pick_other(rng, NAMES, who)
-    start = rng.randrange(3, 50)
+    start = rng.randrange(3, 41)
     steps = _steps(rng, start, rng.choice((1, 2, 2, 2, 3, 3)))
 
-    def say(number: int) -> str:
-        return number_words(number) if rng.random() < 0.6 else str(number)
+    def say(sentence: str, number: int) -> str:
+        said = number_words(number) if rng.random() < 0.6 else str(number)
+        return sentence.format(who=who, other=other, things=things, n=said)
 
     colour = f"{rng.choice(ADJECTIVES)} " if rng.random() < 0.3 else ""
-    told = [f"{who} has {say(start)} {colour}{things}"]
-    told += [step.told.format(who=who, other=other, n=say(step.operand)) for step in steps]
-    ask = rng.choice(_ASKS[steps[-1].operator]).format(who=who, things=things)
+    told = [say(f"{{who}} has {{n}} {colour}{{things}}", start)]
+    told += [say(rng.choice(step.event.told), step.operand) for step in steps]
+    if rng.random() < 0.25:  # a number that has nothing to do with it
+        told.insert(rng.randrange(1, len(told)), say(rng.choice(_ASIDES), rng.randrange(2, 13)))
+    told.append(say(rng.choice(steps[-1].event.asked), 0))
     worked = ", ".join(step.worked for step in steps)
-    return Item(f"{'. '.join(told)}. {ask}", f"{worked}. answer: {steps[-1].after}", worked)
+    return Item(". ".join(told), f"{worked}. answer: {steps[-1].after}", worked)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from heliostat.errors import Refused
 
-# One fact in eight is for testing only. The side hangs on the fact, never on the seed, so that any train set is
-# disjoint from any test set.
+# One fact in eight is for testing only. The side hangs on the fact, never on the seed, so that any train set
+# is disjoint from any test set.
 _TEST_SHARE = 8
 _PATIENCE = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One exercise. Two items with the same prompt must have the same facts: it is the facts that are split."""
+    """One exercise. Two items of one prompt must have the same facts: it is the facts that are split."""
 
     prompt: str
     completion: str
@@ -41,7 +41,7 @@ class Task:
         return self._draw(seed, n, test=False)
 
     def test(self, seed: int, n: int) -> list[dict[str, str]]:
-        """n different items {"prompt", "completion"} of the test side: none of their facts occurs in any train set."""
+        """n different items {"prompt", "completion"} of the test side: no train set has their facts."""
         return self._draw(seed, n, test=True)
 
     def _draw(self, seed: int, n: int, *, test: bool) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Builds the embedded base's tokenizer: byte-level BPE of 1024 tokens, trained on the corpus, as Hugging Face files."""
+"""Builds the embedded base's tokenizer: byte-level BPE of 1024 tokens, trained on the corpus."""
 
 import json
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
 def train(
     *, seed: int = 0, n: int = 20_000, vocabulary: int = 1024, texts: Iterable[str] | None = None
 ) -> Tokenizer:
-    """A tokenizer of at most `vocabulary` entries, from `texts` or n documents of the corpus; digits stand alone."""
+    """A tokenizer of at most `vocabulary` entries, from `texts` or n documents; digits apart."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -51,7 +51,7 @@ def _texts(seed: int, n: int) -> list[str]:
 
 
 def save(tokenizer: Tokenizer, folder: Path, *, max_length: int = 256) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja; transformers loads them with the same ids."""
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, as transformers loads them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""The task `tools`: a spoken request, with paraphrase, politeness and second thoughts, becomes one JSON tool call."""
+"""The task `tools`: a spoken request, with courtesies and second thoughts, becomes one JSON tool call."""
 
 import json
 import random
@@ -39,25 +39,46 @@ def _word(words: tuple[str, ...]) -> Draw:
 
 def _time(rng: random.Random) -> Slot:
     hour, minute = random_time(rng)
-    return Slot(clock(hour, minute), spoken_time(rng, hour, minute))
+    said = spoken_time(rng, hour, minute)
+    if rng.random() < 0.75:
+        return Slot(clock(hour, minute), said)
+    minutes, amount = rng.choice(
+        ((10, "ten minutes"), (15, "a quarter of an hour"), (30, "half an hour"), (60, "an hour"))
+    )
+    sign, word = rng.choice(((-1, "before"), (1, "after")))
+    shifted = (60 * hour + minute + sign * minutes) % (24 * 60)
+    return Slot(clock(*divmod(shifted, 60)), f"{amount} {word} {said}")
+
+
+def _day(rng: random.Random) -> Slot:
+    i = rng.randrange(7)
+    if rng.random() < 0.8:
+        return Slot(DAYS[i], DAYS[i])
+    step, word = rng.choice(((-1, "before"), (1, "after")))
+    return Slot(DAYS[(i + step) % 7], f"the day {word} {DAYS[i]}")
 
 
 def _minutes(rng: random.Random) -> Slot:
     named = {30: "half an hour", 45: "three quarters of an hour", 60: "an hour", 90: "an hour and a half"}
     named |= {120: "two hours", 150: "two and a half hours"}
-    if rng.random() < 0.3:
+    kind = rng.random()
+    if kind < 0.3:
         minutes = rng.choice(list(named))
         return Slot(minutes, named[minutes])
+    if kind < 0.5:
+        minutes, (hours, said) = 5 * rng.randrange(1, 12), rng.choice(((1, "an hour"), (2, "two hours")))
+        return Slot(60 * hours + minutes, f"{said} and {number_words(minutes)} minutes")
     minutes = rng.randrange(2, 60)
     return Slot(minutes, f"{number_words(minutes)} minutes")
 
 
 def _count(rng: random.Random) -> Slot:
     if rng.random() < 0.3:
-        return rng.choice(
-            (Slot(12, "a dozen"), Slot(6, "half a dozen"), Slot(2, "a couple of"), Slot(2, "a pair of"))
+        count, said = rng.choice(
+            ((12, "a dozen"), (6, "half a dozen"), (24, "two dozen"), (36, "three dozen"), (2, "a couple of"))
         )
-    count = rng.randrange(2, 21)
+        return Slot(count, said)
+    count = rng.randrange(2, 41)
     return Slot(count, number_words(count))
 
 
@@ -83,11 +104,11 @@ class Tool:
     ways: tuple[str, ...]
 
 
-_DAY, _NAME, _ROOM = _word(DAYS), _word(NAMES), _word(ROOMS)
+_NAME, _ROOM = _word(NAMES), _word(ROOMS)
 
 TOOLS: dict[str, Tool] = {
     "alarm": Tool(
-        {"at": _time, "day": _DAY},
+        {"at": _time, "day": _day},
         (
             "wake me at {at} on {day}",
             "set an alarm for {day} at {at}",
@@ -158,7 +179,7 @@ TOOLS: dict[str, Tool] = {
         ),
     ),
     "meeting": Tool(
-        {"with": _NAME, "day": _DAY, "at": _time, "minutes": _minutes},
+        {"with": _NAME, "day": _day, "at": _time, "minutes": _minutes},
         (
             "meet {with} on {day} at {at} for {minutes}",
             "book {minutes} with {with} on {day} at {at}",
@@ -166,7 +187,7 @@ TOOLS: dict[str, Tool] = {
         ),
     ),
     "weather": Tool(
-        {"city": _word(CITIES), "day": _DAY},
+        {"city": _word(CITIES), "day": _day},
         (
             "what is the weather in {city} on {day}",
             "will it rain in {city} on {day}",
@@ -182,19 +203,27 @@ _SECOND_THOUGHTS = ("no wait,", "sorry, i mean", "no, make that", "or rather", "
 
 
 def generate(rng: random.Random) -> Item:
-    """One request and its call; the call is the fact, so no test call is ever seen in training, however worded."""
+    """One request and its call; the call is the fact, so no test call is seen in training, however worded."""
     name = rng.choice(list(TOOLS))
     tool = TOOLS[name]
     slots = {key: draw(rng) for key, draw in tool.arguments.items()}
-    said = {key: slot.said for key, slot in slots.items()}
-    if rng.random() < 0.35:
+    said, afterthought = {key: slot.said for key, slot in slots.items()}, ""
+    if rng.random() < 0.4:
         key = rng.choice(list(said))
-        wrong = tool.arguments[key](rng)
-        if wrong.value != slots[key].value:
-            said[key] = f"{wrong.said}, {rng.choice(_SECOND_THOUGHTS)} {said[key]}"
+        wrong, right = tool.arguments[key](rng), slots[key]
+        if wrong.value != right.value:
+            said[key], afterthought = _corrected(rng, wrong.said, right.said)
     prompt = rng.choice(tool.ways).format(**said)
     call = json.dumps({"tool": name} | {key: slot.value for key, slot in slots.items()})
-    return Item(_polite(rng, prompt), call, call)
+    return Item(_polite(rng, prompt + afterthought), call, call)
+
+
+def _corrected(rng: random.Random, wrong: str, right: str) -> tuple[str, str]:
+    """What is said in the slot's place, and what is added behind the request."""
+    kind, doubt = rng.random(), rng.choice(_SECOND_THOUGHTS)
+    if kind < 0.5:
+        return f"{wrong}, {doubt} {right}", ""
+    return (wrong, f", {doubt} {right}") if kind < 0.8 else (f"{right} and not {wrong}", "")
 
 
 def _polite(rng: random.Random, request: str) -> str:

@@ -1,4 +1,4 @@
-"""The embedded tasks: the same everywhere, train and test never meet, every completion is what its metric can read."""
+"""The embedded tasks: the same everywhere, train and test never meet, every completion suits its metric."""
 
 import hashlib
 import itertools
@@ -122,4 +122,4 @@ def test_the_items_are_these_forever() -> None:
     """Published results hang on the items: whoever changes a generator changes this digest, knowingly."""
     items = [(task.name, task.train(0, 200), task.test(0, 200)) for task in TASKS.values()]
     digest = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
-    assert digest[:16] == "ef7f2e9ec21784a6"
+    assert digest[:16] == "fb22e20dbb79a97f"

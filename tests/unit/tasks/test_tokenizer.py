@@ -1,4 +1,4 @@
-"""The tokenizer recipe: 1024 entries, lossless, digits apart, loads in transformers with the same ids and template."""
+"""The tokenizer recipe: 1024 entries, lossless, digits apart; transformers loads the same."""
 
 from pathlib import Path
 
