@@ -14,7 +14,7 @@ import torch
 from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Module
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.linear.adapter import adapter_parameters, digest_adapter, is_adapter, load_adapter
+from heliostat.linear.adapter import adapter_parameters, digest_adapter, load_adapter
 from heliostat.linear.lora import Route, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
@@ -71,7 +71,9 @@ def init_family(folder: Path, base: Path) -> Family:
     files = weight_files(base)
     tokenizer = Tokenizer.load(base)
     _check_vocabulary(tokenizer, config)
-    load_transformer(base, config, dtype=torch.bfloat16)  # refuses missing or foreign tensors before anything is copied
+    load_transformer(
+        base, config, dtype=torch.bfloat16
+    )  # refuses missing or foreign tensors before anything is copied
     with atomic_directory(folder / BASE) as partial:
         for file in sorted({*files, *(p for p in base.iterdir() if p.is_file() and _belongs(p))}):
             shutil.copy2(file, partial / file.name)
@@ -85,8 +87,10 @@ def init_family(folder: Path, base: Path) -> Family:
 def _belongs(path: Path) -> bool:
     """Small files of a checkpoint: configuration, tokenizer, template, card, licence; never weights or pickles."""
     named = path.name.lower().startswith(("license", "licence", "notice", "readme"))
-    return named or path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json") or (
-        path.name.endswith(".safetensors.index.json")
+    return (
+        named
+        or (path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"))
+        or (path.name.endswith(".safetensors.index.json"))
     )
 
 
@@ -124,8 +128,9 @@ def verify_module(folder: Path, family: Family, name: str, *, fresh: bool = Fals
     now = module_digest(folder, family, name, fresh=fresh)
     if now != module.digest:
         users = sorted(m.name for m in family.members.values() if name in m.row.modules)
-        mend = "put the original files back, or make a new family from the changed ones: heliostat init NEW --base " + str(
-            module_folder(folder, module)
+        mend = (
+            "put the original files back, or make a new family from the changed ones: heliostat init NEW --base "
+            + str(module_folder(folder, module))
         )
         raise Refused(
             f"module {name!r} changed: family.json has digest {module.digest[:12]}, its files have {now[:12]}. "
@@ -145,7 +150,13 @@ def verify_member(family: Family, name: str) -> None:
 
 
 def load_modules(
-    folder: Path, family: Family, names: Iterable[str], *, dtype: torch.dtype, device: str = "cpu", verify: bool = True
+    folder: Path,
+    family: Family,
+    names: Iterable[str],
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    verify: bool = True,
 ) -> dict[str, Loaded]:
     """The named modules in memory, frozen; each set of weights is loaded once, adapters are put on it."""
     models: dict[str, Transformer] = {}
@@ -193,5 +204,3 @@ def modules_of(family: Family, members: Iterable[str]) -> list[str]:
     """Every module that the rows of these members name, each once."""
     rows: Mapping[str, None] = dict.fromkeys(name for m in members for name in family.row(m).modules)
     return list(rows)
-
-

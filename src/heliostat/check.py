@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-from heliostat.build import Loaded, load_modules, load_tokenizer, modules_of, read_family, verify_member, verify_module
+from heliostat.build import (
+    Loaded,
+    load_modules,
+    load_tokenizer,
+    modules_of,
+    read_family,
+    verify_member,
+    verify_module,
+)
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Row, choose
 from heliostat.llm import LLM
@@ -67,7 +75,9 @@ def _files(folder: Path, family: Family) -> Iterator[Finding]:
     for name, module in family.modules.items():
         try:
             verify_module(folder, family, name, fresh=True)
-            yield Finding(f"module {name}", True, f"{module.parameters:,} parameters, digest {module.digest[:12]}")
+            yield Finding(
+                f"module {name}", True, f"{module.parameters:,} parameters, digest {module.digest[:12]}"
+            )
         except Refused as error:
             yield Finding(f"module {name}", False, str(error))
     for name in family.members:
@@ -134,8 +144,12 @@ def _as_other(
 
 def _examples(llm: LLM, member: str, tokenizer: Tokenizer, data: str | Path | None) -> list[Example]:
     if data is not None:
-        return list(read_examples(data, tokenizer, max_length=llm.engine.max_length, too_long="skip").examples[:256])
-    answers = llm.generate(list(PROBES), member=member, max_tokens=max(2, min(24, llm.engine.max_length // 4)))
+        return list(
+            read_examples(data, tokenizer, max_length=llm.engine.max_length, too_long="skip").examples[:256]
+        )
+    answers = llm.generate(
+        list(PROBES), member=member, max_tokens=max(2, min(24, llm.engine.max_length // 4))
+    )
     return [answered_by(llm.prompt_ids(p), a.ids) for p, a in zip(PROBES, answers, strict=True)]
 
 

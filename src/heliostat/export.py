@@ -32,7 +32,15 @@ from heliostat.model.weights import weight_files
 
 FACTS = "heliostat.json"
 LICENCES = ("license", "licence", "notice")
-TOKENIZER = ("tokenizer", "chat_template", "special_tokens_map", "generation_config", "vocab", "merges", "added_tokens")
+TOKENIZER = (
+    "tokenizer",
+    "chat_template",
+    "special_tokens_map",
+    "generation_config",
+    "vocab",
+    "merges",
+    "added_tokens",
+)
 
 
 def export_member(folder: Path, member: str, out: Path) -> Path:
@@ -45,7 +53,9 @@ def export_member(folder: Path, member: str, out: Path) -> Path:
     row = family.member(member).row
     others = [name for name in row.modules if name != BASE]
     if len(others) != 1:
-        raise Refused(f"{member!r} is made of {', '.join(row.modules)}: only a base and one own module can be exported")
+        raise Refused(
+            f"{member!r} is made of {', '.join(row.modules)}: only a base and one own module can be exported"
+        )
     if out.exists():
         raise Refused(f"{out} is already there; choose another folder, or remove it first")
     for name in row.modules:
@@ -72,7 +82,9 @@ def _copy_weights(source: Path, target: Path) -> None:
 
 
 def _copy_matching(source: Path, target: Path, starts: tuple[str, ...]) -> None:
-    for file in sorted(p for p in source.iterdir() if p.is_file() and p.name.lower().startswith(starts or ("\0",))):
+    for file in sorted(
+        p for p in source.iterdir() if p.is_file() and p.name.lower().startswith(starts or ("\0",))
+    ):
         shutil.copy2(file, target / file.name)
 
 
@@ -85,7 +97,9 @@ def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any
         "sharing": entry.sharing,
         "alone": row.alone and family.module(own).base is None,
         "row": roles,
-        "digests": {roles_name: family.module(name).digest for roles_name, name in (("own", own), ("base", BASE))},
+        "digests": {
+            roles_name: family.module(name).digest for roles_name, name in (("own", own), ("base", BASE))
+        },
         "eos_ids": list(Tokenizer.load(folder / BASE).eos_ids),
         "recipe": dict(entry.recipe),
         "evaluation": dict(entry.evaluation),
@@ -97,22 +111,42 @@ def _licence(base: Path) -> str | None:
     readme = base / "README.md"
     if not readme.is_file():
         return None
-    found = re.search(r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    found = re.search(
+        r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
     return found[1] if found else None
 
 
 def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | None) -> str:
     """The model card (README.md) of an exported member."""
     row, sharing = facts["row"], family.member(member).sharing
-    head = ["---", "library_name: transformers", *([f"license: {licence}"] if licence else []), "tags: [heliostat]", "---"]
-    whole = "A whole model: it answers by itself." if row_is_own(row) else (
-        "**Half a member.** Run alone, these weights do not answer as the member does: "
-        "the base plays the other parts of its row."
+    head = [
+        "---",
+        "library_name: transformers",
+        *([f"license: {licence}"] if licence else []),
+        "tags: [heliostat]",
+        "---",
+    ]
+    whole = (
+        "A whole model: it answers by itself."
+        if row_is_own(row)
+        else (
+            "**Half a member.** Run alone, these weights do not answer as the member does: "
+            "the base plays the other parts of its row."
+        )
     )
     shared = SHARINGS[sharing].shared if sharing in SHARINGS else "as its row says"
-    table = "\n".join(f"| {part} | {'this folder' if who == 'own' else 'the base'} |" for part, who in row.items())
-    evaluation = "\n".join(f"- {name}: {value}" for name, value in facts["evaluation"].items()) or "- none recorded"
-    licence_line = f"The base's licence ({licence}) applies." if licence else "The base's licence applies; its files lie beside this card where it has any."
+    table = "\n".join(
+        f"| {part} | {'this folder' if who == 'own' else 'the base'} |" for part, who in row.items()
+    )
+    evaluation = (
+        "\n".join(f"- {name}: {value}" for name, value in facts["evaluation"].items()) or "- none recorded"
+    )
+    licence_line = (
+        f"The base's licence ({licence}) applies."
+        if licence
+        else "The base's licence applies; its files lie beside this card where it has any."
+    )
     base = facts["digests"]["base"]
     return "\n".join(
         [
@@ -189,12 +223,16 @@ def _refuse_other_kin(folder: Path, family: Family, source: Path) -> None:
     ours, theirs = read_config(folder / BASE), read_config(source)
     for field in ours.__dataclass_fields__:
         if field != "max_length" and getattr(ours, field) != getattr(theirs, field):
-            raise Refused(f"{source}: {field} is {getattr(theirs, field)!r}, the family's base has {getattr(ours, field)!r}")
+            raise Refused(
+                f"{source}: {field} is {getattr(theirs, field)!r}, the family's base has {getattr(ours, field)!r}"
+            )
     if not (source / "tokenizer.json").is_file():
         return
     tokenizer, own = Tokenizer.load(source), load_tokenizer(folder, family)
     if tokenizer.digest != own.digest:
-        raise Refused(f"{source} has another tokenizer than the family (digests {tokenizer.digest[:12]} and {own.digest[:12]})")
+        raise Refused(
+            f"{source} has another tokenizer than the family (digests {tokenizer.digest[:12]} and {own.digest[:12]})"
+        )
 
 
 def _try(folder: Path, family: Family, own: str) -> Loaded:
@@ -210,7 +248,9 @@ def remove_member(folder: Path, member: str) -> list[str]:
     with changing(folder):
         family = read_family(folder)
         gone = [family.module(name).path for name in family.own_modules(member)]
-        write_family(folder, family.without_member(member))  # first the table, then the files: never the other way round
+        write_family(
+            folder, family.without_member(member)
+        )  # first the table, then the files: never the other way round
     for path in gone:
         shutil.rmtree(folder / path, ignore_errors=True)
     return gone

@@ -60,7 +60,9 @@ class Row:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules this row needs, each once, in the order of its parts."""
-        return tuple(dict.fromkeys((self.prompt_writer, self.answer_writer, self.speaker, self.first_speaker)))
+        return tuple(
+            dict.fromkeys((self.prompt_writer, self.answer_writer, self.speaker, self.first_speaker))
+        )
 
     @property
     def alone(self) -> bool:
@@ -89,10 +91,14 @@ class Sharing:
         parts = {part: getattr(self.row, part) for part in PARTS}
         unknown = sorted(set(frozen) - {part for part, module in parts.items() if module != "own"})
         if unknown:
-            raise Refused(f"{', '.join(unknown)}: not a frozen part of this sharing, so it cannot be replaced")
+            raise Refused(
+                f"{', '.join(unknown)}: not a frozen part of this sharing, so it cannot be replaced"
+            )
         if "speaker" in frozen and parts["answer_writer"] == parts["speaker"]:
             frozen.setdefault("answer_writer", frozen["speaker"])
-        return Row(**{part: own if module == "own" else frozen.get(part, module) for part, module in parts.items()})
+        return Row(
+            **{part: own if module == "own" else frozen.get(part, module) for part, module in parts.items()}
+        )
 
 
 PARTS = ("prompt_writer", "answer_writer", "speaker", "first_speaker")
@@ -236,16 +242,21 @@ class Family:
         """The same family under a new member name; module names and folders stay as they are."""
         member, new = self.member(old), self.free_name(new)
         renamed = {
-            new if n == old else n: replace(member, name=new) if n == old else m for n, m in self.members.items()
+            new if n == old else n: replace(member, name=new) if n == old else m
+            for n, m in self.members.items()
         }
         return Family(self.modules, renamed, self.tokenizer)
 
     def free_name(self, name: str) -> str:
         """``name`` if a new member may have it; refused if malformed or taken."""
         if not NAME.fullmatch(name):
-            raise Refused(f"{name!r} is no member name: letters, digits, '.', '_', '-', at most 64, not starting with a sign")
+            raise Refused(
+                f"{name!r} is no member name: letters, digits, '.', '_', '-', at most 64, not starting with a sign"
+            )
         if name in self.members:
-            raise Refused(f"there is already a member {name!r}: choose another name, or `heliostat member rm {name}` first")
+            raise Refused(
+                f"there is already a member {name!r}: choose another name, or `heliostat member rm {name}` first"
+            )
         if name in self.modules:
             raise Refused(f"{name!r} is the name of a module of this family: choose another member name")
         return name
@@ -264,7 +275,9 @@ class Family:
         """The family that family.json describes; unknown versions and missing fields are refused by name."""
         version = data.get("format_version")
         if version != FORMAT_VERSION:
-            raise Refused(f"family.json has format_version {version!r}; this heliostat reads {FORMAT_VERSION}")
+            raise Refused(
+                f"family.json has format_version {version!r}; this heliostat reads {FORMAT_VERSION}"
+            )
         try:
             modules = {n: Module(name=n, **m) for n, m in data["modules"].items()}
             members = {n: Member(name=n, **{**m, "row": Row(**m["row"])}) for n, m in data["members"].items()}

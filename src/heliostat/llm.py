@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from heliostat.build import Loaded, best_dtype, config_of, load_modules, load_tokenizer, modules_of, read_family, verify_member
+from heliostat.build import (
+    Loaded,
+    best_dtype,
+    config_of,
+    load_modules,
+    load_tokenizer,
+    modules_of,
+    read_family,
+    verify_member,
+)
 from heliostat.engine.engine import Engine, Piece, pages_that_fit
 from heliostat.engine.request import FinishReason, Request, Sampling
 from heliostat.errors import Refused
@@ -70,7 +79,14 @@ class LLM:
         modules = load_modules(folder, self.family, modules_of(self.family, names), dtype=kind, device=device)
         rows = {name: self.family.row(name) for name in names}
         config = config_of(folder, self.family)
-        self._start(modules, rows, load_tokenizer(folder, self.family), max_length or config.max_length, cache_mib, max_running)
+        self._start(
+            modules,
+            rows,
+            load_tokenizer(folder, self.family),
+            max_length or config.max_length,
+            cache_mib,
+            max_running,
+        )
 
     @classmethod
     def of(
@@ -134,7 +150,9 @@ class LLM:
         members = [member] * len(many) if isinstance(member, str) else list(member)
         if len(members) != len(many):
             raise Refused(f"{len(many)} prompts but {len(members)} members")
-        requests = [self._request(p, m, sampling or Sampling(**options)) for p, m in zip(many, members, strict=True)]
+        requests = [
+            self._request(p, m, sampling or Sampling(**options)) for p, m in zip(many, members, strict=True)
+        ]
         chances: dict[str, list[float]] = {request.id: [] for request in requests}
         texts: dict[str, list[str]] = {request.id: [] for request in requests}
         for piece in self._run(requests):
@@ -143,7 +161,9 @@ class LLM:
                 chances[piece.request.id].append(piece.sampled.logprob)
         return [_answer(r, "".join(texts[r.id]), chances[r.id]) for r in requests]
 
-    def stream(self, prompt: Prompt, *, member: str = "base", sampling: Sampling | None = None, **options: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, *, member: str = "base", sampling: Sampling | None = None, **options: Any
+    ) -> Iterator[str]:
         """One answer, piece by piece as it becomes certain; leaving the loop early frees its pages."""
         for piece in self._run([self._request(prompt, member, sampling or Sampling(**options))]):
             if piece.text:
@@ -155,7 +175,9 @@ class LLM:
         row = self.rows[member]
         digests = {name: self.engine.digests[name] for name in row.modules}
         name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
-        return Request(name, row=row, digests=digests, prompt=self.prompt_ids(prompt), sampling=sampling, member=member)
+        return Request(
+            name, row=row, digests=digests, prompt=self.prompt_ids(prompt), sampling=sampling, member=member
+        )
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Piece]:
         try:

@@ -12,10 +12,18 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44
 
 
 def lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str, y: str, y_from_zero: bool = False
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    y_from_zero: bool = False,
 ) -> str:
     """A line chart; ``series`` maps a label to (x, y) points. Points that are not finite are left out."""
-    kept = {name: [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b)] for name, points in series.items()}
+    kept = {
+        name: [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b)]
+        for name, points in series.items()
+    }
     every = [point for points in kept.values() for point in points] or [(0.0, 0.0)]
     xs, ys = [a for a, _ in every], [b for _, b in every]
     low = min(0.0, *ys) if y_from_zero else min(ys)
@@ -29,7 +37,13 @@ def lines(
     return _svg(parts, title)
 
 
-def bars(values: Mapping[str, float], *, title: str, unit: str, intervals: Mapping[str, tuple[float, float]] | None = None) -> str:
+def bars(
+    values: Mapping[str, float],
+    *,
+    title: str,
+    unit: str,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
     """Horizontal bars, one a label, each with its number; ``intervals`` draws whiskers."""
     row, left = 26, 210
     height = TOP + row * len(values) + 16
@@ -40,7 +54,9 @@ def bars(values: Mapping[str, float], *, title: str, unit: str, intervals: Mappi
         y, length = TOP + row * number, max(0.0, wide * value / most)
         colour = COLOURS[number % len(COLOURS)]
         parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
-        parts.append(f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="16" rx="2" fill="{colour}"/>')
+        parts.append(
+            f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="16" rx="2" fill="{colour}"/>'
+        )
         end = length
         if intervals and name in intervals:
             low, high = (left + wide * max(0.0, edge) / most for edge in intervals[name])
@@ -80,7 +96,9 @@ def _frame(title: str, x: str, y: str, scale: _Scale) -> str:
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     for value in ticks(scale.x0, scale.x1):
-        parts.append(f'<text x="{scale.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>')
+        parts.append(
+            f'<text x="{scale.x(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>'
+        )
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x)}</text>')
     parts.append(f'<text x="{LEFT}" y="{TOP - 4}" class="s">{escape(y)}</text>')
     return "".join(parts)

@@ -74,7 +74,9 @@ class Engine:
         """Take a request in. Raises Refused where it can never run here."""
         missing = [name for name in request.row.modules if name not in self._runs]
         if missing:
-            raise Refused(f"module {', '.join(missing)} is not loaded; loaded are {', '.join(sorted(self._runs))}")
+            raise Refused(
+                f"module {', '.join(missing)} is not loaded; loaded are {', '.join(sorted(self._runs))}"
+            )
         size = self.runner.models[self._runs[request.row.speaker][0]].config.vocabulary
         if not all(0 <= token < size for token in request.prompt):
             raise Refused(f"the prompt holds token ids outside [0, {size})")

@@ -14,7 +14,9 @@ from heliostat.ops.attention import PagedGroup, paged_attention
 class PagePool:
     """Keys and values of all layers, [L, P, S, K, D] each. Modules of one family have one shape and share a pool."""
 
-    def __init__(self, config: ModelConfig, *, pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, *, pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -28,7 +30,9 @@ class PagePool:
 class Paged:
     """The seam of one pass: some rows write their keys and values into slots, all rows ask over pages."""
 
-    def __init__(self, pool: PagePool, *, writes: Tensor, slots: Tensor, groups: Sequence[PagedGroup]) -> None:
+    def __init__(
+        self, pool: PagePool, *, writes: Tensor, slots: Tensor, groups: Sequence[PagedGroup]
+    ) -> None:
         """``writes`` [W]: rows of the pass that write; ``slots`` [W]: page * S + place for each of them."""
         self.pool, self.writes, self.slots, self.groups = pool, writes, slots, groups
 

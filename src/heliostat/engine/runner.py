@@ -26,7 +26,9 @@ class Runner:
         kinds = {model.dtype for model in models.values()}
         dtype = torch.float32 if torch.float32 in kinds else first.dtype
         self.models: dict[str, Transformer] = models
-        self.pool = PagePool(first.config, pages=pages, page_size=page_size, dtype=dtype, device=str(first.device))
+        self.pool = PagePool(
+            first.config, pages=pages, page_size=page_size, dtype=dtype, device=str(first.device)
+        )
         self.device = first.device
 
     @torch.inference_mode()

@@ -80,8 +80,13 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         "min_p": [w.min_p for w in wishes],
         "noise": [uniform(w.seed, w.choice, len(d.answer)) for w, d in zip(wishes, draws, strict=True)],
     }
-    t = {name: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None] for name, values in column.items()}
-    chances, order = (logits.double() / t["temperature"]).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    t = {
+        name: torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        for name, values in column.items()
+    }
+    chances, order = (
+        (logits.double() / t["temperature"]).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
     before = chances.cumsum(-1) - chances
     keep = torch.arange(chances.shape[1], device=logits.device) < t["top_k"]
     keep &= (before < t["top_p"]) & (chances >= t["min_p"] * chances[:, :1])

@@ -32,7 +32,9 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
-        return nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        return (
+            nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        )
 
 
 class AdaptedLinear(nn.Module):
@@ -64,7 +66,9 @@ class Linear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def add_adapter(model: nn.Module, name: str, *, r: int, alpha: float, targets: Iterable[str], rslora: bool = False) -> list[str]:
+def add_adapter(
+    model: nn.Module, name: str, *, r: int, alpha: float, targets: Iterable[str], rslora: bool = False
+) -> list[str]:
     """Put a fresh adapter on every Linear whose last name is in ``targets``; returns their full names, sorted."""
     wanted, found = set(targets), []
     for path, module in list(model.named_modules()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,27 @@ class ModelConfig:
         """Numbers that one position adds to the cache, all layers, keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_width
 
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each Linear of a block, by its last name."""
+        q, kv, up = (
+            self.heads * self.head_width,
+            self.kv_heads * self.head_width,
+            (self.width, self.mlp_width),
+        )
+        sides = {
+            "q_proj": (self.width, q),
+            "k_proj": (self.width, kv),
+            "v_proj": (self.width, kv),
+            "o_proj": (q, self.width),
+        }
+        return sides | {"gate_proj": up, "up_proj": up, "down_proj": up[::-1]}
+
+
+def adapter_parameters(config: ModelConfig, r: int, targets: Iterable[str]) -> int:
+    """Parameters of a rank-r adapter on these Linears of every block."""
+    return config.layers * r * sum(sum(config.linears[name]) for name in targets)
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -73,7 +94,9 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", None, None, None, keys=frozenset({"attention_bias", "mlp_bias", "pretraining_tp"})),
+    "llama": Architecture(
+        "LlamaForCausalLM", None, None, None, keys=frozenset({"attention_bias", "mlp_bias", "pretraining_tp"})
+    ),
     "mistral": Architecture("MistralForCausalLM", window_default=4096),
     "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, window_switch=True),
     "qwen3": Architecture(
@@ -82,26 +105,95 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 READ = frozenset(
-    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-    "rms_norm_eps tie_word_embeddings max_position_embeddings rope_theta rope_scaling rope_parameters hidden_act "
-    "attention_dropout sliding_window use_sliding_window max_window_layers layer_types model_type architectures "
-    "quantization_config auto_map partial_rotary_factor".split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "hidden_act",
+        "attention_dropout",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "model_type",
+        "architectures",
+        "quantization_config",
+        "auto_map",
+        "partial_rotary_factor",
+    ]
 )
 # Keys that change nothing in a forward pass of these architectures.
 HARMLESS = frozenset(
-    "transformers_version torch_dtype dtype initializer_range use_cache bos_token_id eos_token_id pad_token_id "
-    "sep_token_id cls_token_id unk_token_id output_hidden_states output_attentions return_dict use_return_dict "
-    "chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type finetuning_task "
-    "torchscript name_or_path model_name unsloth_version unsloth_fixed tokenizer_class prefix "
-    "task_specific_params bad_words_ids max_length min_length do_sample temperature top_k top_p num_beams rope_interleaved".split()
+    [
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "initializer_range",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "unk_token_id",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "use_return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "finetuning_task",
+        "torchscript",
+        "name_or_path",
+        "model_name",
+        "unsloth_version",
+        "unsloth_fixed",
+        "tokenizer_class",
+        "prefix",
+        "task_specific_params",
+        "bad_words_ids",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "num_beams",
+        "rope_interleaved",
+    ]
 )
 ROPE_KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
     "yarn": frozenset(
-        "factor attention_factor beta_fast beta_slow mscale mscale_all_dim original_max_position_embeddings truncate".split()
+        [
+            "factor",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "original_max_position_embeddings",
+            "truncate",
+        ]
     ),
 }
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
@@ -186,7 +278,9 @@ def _refuse_foreign(data: Mapping[str, Any], kind: Architecture) -> None:
     if data.get("quantization_config"):
         raise Refused("quantization_config: this checkpoint is quantized; start from the unquantized one")
     if data.get("auto_map"):
-        warnings.warn("auto_map in config.json is ignored: heliostat runs no code from checkpoints", stacklevel=3)
+        warnings.warn(
+            "auto_map in config.json is ignored: heliostat runs no code from checkpoints", stacklevel=3
+        )
     if (act := data.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise Refused(f"hidden_act {act!r}; heliostat runs 'silu'")
     if drop := data.get("attention_dropout"):
@@ -196,7 +290,9 @@ def _refuse_foreign(data: Mapping[str, Any], kind: Architecture) -> None:
     unknown = [
         key
         for key, value in data.items()
-        if key not in READ | HARMLESS | kind.keys and not key.startswith("_") and value not in (None, False, {}, [])
+        if key not in READ | HARMLESS | kind.keys
+        and not key.startswith("_")
+        and value not in (None, False, {}, [])
     ]
     if unknown:
         raise Refused(f"config.json has options heliostat does not know: {', '.join(sorted(unknown))}")

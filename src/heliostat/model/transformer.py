@@ -52,7 +52,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None
+    ) -> Tensor:
         q = self.q_norm(self._heads(self.q_proj(x, route)))  # [..., H, D]
         k = self.k_norm(self._heads(self.k_proj(x, route)))  # [..., K, D]
         v = self._heads(self.v_proj(x, route))
@@ -86,7 +88,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), angles, attend, route)
         return x + self.mlp(self.post_attention_layernorm(x), route)
 

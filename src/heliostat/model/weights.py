@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DIGEST = "digest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-CONFIG_KEYS = frozenset({"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "architectures"})
+CONFIG_KEYS = frozenset(
+    {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "use_cache", "architectures"}
+)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -33,7 +36,9 @@ def weight_files(folder: Path) -> list[Path]:
         listed = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
         missing = [name for name in listed if not (folder / name).is_file()]
         if missing or not listed:
-            raise Refused(f"{folder / INDEX} names files that are not there: {', '.join(missing) or 'none listed'}")
+            raise Refused(
+                f"{folder / INDEX} names files that are not there: {', '.join(missing) or 'none listed'}"
+            )
         return [folder / name for name in listed]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -57,8 +62,10 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             raise Refused(f"{file} is damaged or not safetensors: {error}") from error
 
 
-def load_transformer(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu") -> Transformer:
-    """The checkpoint in ``folder`` as a Transformer, frozen, in ``dtype``. Missing or foreign tensors are refused by name."""
+def load_transformer(
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu"
+) -> Transformer:
+    """The checkpoint in ``folder`` as a Transformer, frozen, in ``dtype``; missing or foreign tensors are refused."""
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -67,7 +74,9 @@ def load_transformer(folder: Path, config: ModelConfig, *, dtype: torch.dtype, d
         if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
             continue
         if name not in expected:
-            raise Refused(f"{folder} holds the tensor {name!r}, which {config.architecture} as configured has not")
+            raise Refused(
+                f"{folder} holds the tensor {name!r}, which {config.architecture} as configured has not"
+            )
         if tuple(tensor.shape) != expected[name]:
             raise Refused(f"{folder}: {name} is {tuple(tensor.shape)}, config.json asks for {expected[name]}")
         found[name] = tensor.to(device=device, dtype=dtype)
@@ -93,7 +102,9 @@ def assemble(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
 def state_of(model: Transformer) -> dict[str, Tensor]:
     """The model's own tensors under their Hugging Face names, without adapters, tied head left out, sorted."""
     state = {
-        name.replace(".inner.", "."): p.detach() for name, p in model.named_parameters() if ".adapters." not in name
+        name.replace(".inner.", "."): p.detach()
+        for name, p in model.named_parameters()
+        if ".adapters." not in name
     }
     return dict(sorted(state.items()))
 
@@ -109,7 +120,11 @@ def save_checkpoint(folder: Path, state: Mapping[str, Tensor], config: Mapping[s
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shards = list(_shards(state))
-    names = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
     for name, shard in zip(names, shards, strict=True):
         save_tensors(shard, folder / name)
     if len(shards) > 1:
@@ -159,11 +174,15 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
 def digest_folder(folder: Path, files: list[Path], facts: Mapping[str, Any], *, fresh: bool = False) -> str:
     """Digest of a module's files; the last one is remembered beside them and believed while sizes and times agree."""
     stamps = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-    note, facts_text = Path(folder) / DIGEST, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    note, facts_text = (
+        Path(folder) / DIGEST,
+        hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+    )
     if not fresh and note.exists():
-        cached = json.loads(note.read_text(encoding="utf-8"))
+        cached = read_json(note)
         if cached.get("files") == stamps and cached.get("facts") == facts_text:
             return str(cached["digest"])
     digest = digest_tensors(read_tensors(files), facts)
-    atomic_write_text(note, json.dumps({"digest": digest, "files": stamps, "facts": facts_text}))
+    with suppress(Refused, OSError):  # a family on a read-only disk is read every time, and that is all
+        atomic_write_text(note, json.dumps({"digest": digest, "files": stamps, "facts": facts_text}))
     return digest

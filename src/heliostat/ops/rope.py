@@ -29,7 +29,11 @@ def inverse_frequencies(rope: Mapping[str, Any], head_width: int) -> tuple[Tenso
 
 def _llama3(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
     """Long wavelengths stretched by ``factor``, short ones kept, a smooth ramp between."""
-    original, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    original, low, high = (
+        rope["original_max_position_embeddings"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+    )
     wavelength = 2 * math.pi / frequencies
     stretched = frequencies / rope["factor"]
     ramp = (original / wavelength - low) / (high - low)
@@ -43,7 +47,9 @@ def _yarn(powers: Tensor, rope: Mapping[str, Any], head_width: int) -> tuple[Ten
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
 
     def dimension(rotations: float) -> float:
-        return head_width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+        return (
+            head_width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope["rope_theta"]))
+        )
 
     low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
@@ -65,7 +71,9 @@ def _yarn_scale(factor: float, rope: Mapping[str, Any]) -> float:
     return stretch(1.0)
 
 
-def cos_sin(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cos_sin(
+    positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin [..., 1, D] in ``dtype`` for integer ``positions`` [...]; computed in float32."""
     angles = positions[..., None].float() * frequencies  # [..., D/2]
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)  # [..., 1, D]

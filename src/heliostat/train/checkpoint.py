@@ -81,7 +81,9 @@ def resume(
         )
     saved = dict(read_tensors([found[-1] / PARAMETERS]))
     if set(saved) != set(parameters):
-        raise Refused(f"{found[-1]} holds other parameters than this run trains; remove {folder} to start over")
+        raise Refused(
+            f"{found[-1]} holds other parameters than this run trains; remove {folder} to start over"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
@@ -98,7 +100,9 @@ def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
     }
 
 
-def _restore(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
+def _restore(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
+) -> None:
     for name_and_key, value in saved.items():
         name, _, key = name_and_key.rpartition("|")
         restored = value.reshape(()) if key == "step" else value.to(parameters[name].device)

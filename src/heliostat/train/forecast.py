@@ -19,7 +19,7 @@ from heliostat.build import BASE, best_dtype, config_of, load_tokenizer, read_fa
 from heliostat.family import SHARINGS, Row
 from heliostat.files import readable_size
 from heliostat.linear.lora import add_adapter, whole
-from heliostat.model.config import ModelConfig
+from heliostat.model.config import ModelConfig, adapter_parameters
 from heliostat.model.seam import Causal
 from heliostat.model.transformer import Block
 from heliostat.ops.rope import cos_sin, inverse_frequencies
@@ -61,7 +61,10 @@ class Forecast:
         """The forecast as lines of a table."""
         tokens = ", ".join(f"{name} {count:,.0f}" for name, count in self.tokens_per_step.items())
         return [
-            ("trainable parameters", f"{self.trainable:,} ({self.trainable / (self.trainable + self.frozen):.1%} of what is loaded)"),
+            (
+                "trainable parameters",
+                f"{self.trainable:,} ({self.trainable / (self.trainable + self.frozen):.1%} of what is loaded)",
+            ),
             ("frozen parameters", f"{self.frozen:,}"),
             ("examples, answer tokens", f"{self.examples:,}, {self.answer_tokens:,}"),
             ("optimizer steps", f"{self.steps:,}"),
@@ -71,7 +74,10 @@ class Forecast:
             ("  gradients and optimizer", readable_size(self.optimizer)),
             ("  activations", readable_size(self.activations)),
             ("  Python and libraries", readable_size(self.process)),
-            ("time", f"about {_duration(self.steps * self.seconds_per_step)} ({self.seconds_per_step:.2f} s a step)"),
+            (
+                "time",
+                f"about {_duration(self.steps * self.seconds_per_step)} ({self.seconds_per_step:.2f} s a step)",
+            ),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +118,8 @@ def forecast(recipe: Recipe) -> Forecast:
         answer_tokens=sum(each.answer_tokens for each in found),
         steps=settled.total_steps(steps_per_epoch),
         tokens_per_step={name: count * settled.gradient_accumulation_steps for name, count in mean.items()},
-        weights=own_weights + (config.parameters * size if BASE in row.modules or settled.tuner == "lora" else 0),
+        weights=own_weights
+        + (config.parameters * size if BASE in row.modules or settled.tuner == "lora" else 0),
         optimizer=trainable * 12,
         activations=head + round(sum(probes[n].bytes * config.layers * count for n, count in worst.items())),
         process=round(resident_mib() * MIB),
@@ -124,30 +131,14 @@ def forecast(recipe: Recipe) -> Forecast:
 def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
     """Parameters that are trained, and bytes of the member's own weights (with their copies in bfloat16)."""
     if recipe.tuner == "lora":
-        sides = _sides(config)
-        trained = config.layers * (recipe.r or 0) * sum(sum(sides[name]) for name in recipe.target_modules or ())
+        trained = adapter_parameters(config, recipe.r or 0, recipe.target_modules or ())
         return trained, trained * 4
     trained = config.parameters
     if SHARINGS[recipe.sharing].targets == "query_side":
-        sides = _sides(config)
-        per_layer = sum(a * b + b * config.qkv_bias for name in ("k_proj", "v_proj") for a, b in [sides[name]])
+        sides = [config.linears[name] for name in ("k_proj", "v_proj")]
+        per_layer = sum(a * b + b * config.qkv_bias for a, b in sides)
         trained -= config.layers * (per_layer + config.head_width * config.qk_norm)
     return trained, config.parameters * (6 if recipe.bf16 else 4)
-
-
-def _sides(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each Linear of a block."""
-    q, kv = config.heads * config.head_width, config.kv_heads * config.head_width
-    up = (config.width, config.mlp_width)
-    return {
-        "q_proj": (config.width, q),
-        "k_proj": (config.width, kv),
-        "v_proj": (config.width, kv),
-        "o_proj": (q, config.width),
-        "gate_proj": up,
-        "up_proj": up,
-        "down_proj": up[::-1],
-    }
 
 
 def _tokens(examples: list[Example], recipe: Settled, row: Row) -> tuple[dict[str, float], dict[str, int]]:
@@ -186,7 +177,9 @@ def _probe(config: ModelConfig, recipe: Settled, row: Row, name: str) -> Probe:
     taped = own or row.prompt_writer == "own"
     positions = torch.arange(length).expand(count, length)
     frequencies, scale = inverse_frequencies(config.rope, config.head_width)
-    x = torch.randn(count, length, config.width, dtype=torch.float32 if own and tuned else kind, requires_grad=taped)
+    x = torch.randn(
+        count, length, config.width, dtype=torch.float32 if own and tuned else kind, requires_grad=taped
+    )
     angles = cos_sin(positions, frequencies, scale, x.dtype)
 
     def once() -> None:
@@ -200,7 +193,9 @@ def _probe(config: ModelConfig, recipe: Settled, row: Row, name: str) -> Probe:
     begin = time.perf_counter()
     for _ in range(3):
         once()
-    return Probe((time.perf_counter() - begin) / 3 / (count * length), (kept if taped else 0) / (count * length))
+    return Probe(
+        (time.perf_counter() - begin) / 3 / (count * length), (kept if taped else 0) / (count * length)
+    )
 
 
 def _kept_bytes(run: Any, block: Block) -> int:

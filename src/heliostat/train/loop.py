@@ -99,9 +99,14 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Settings) -
     """AdamW; norms and biases (one dimension) are not decayed."""
     matrices = [p for p in parameters.values() if p.dim() > 1]
     vectors = [p for p in parameters.values() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     kept = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(kept, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+    return torch.optim.AdamW(
+        kept, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
+    )
 
 
 @dataclass(slots=True)
@@ -128,11 +133,15 @@ class Run:
                 progress = self._advance(optimizer, progress)
         self._save(optimizer, progress)
         if progress.step < self.settings.steps:
-            raise Interrupted(f"stopped after step {progress.step} of {self.settings.steps}, saved in {self.folder}")
+            raise Interrupted(
+                f"stopped after step {progress.step} of {self.settings.steps}, saved in {self.folder}"
+            )
         return progress
 
     def _advance(self, optimizer: torch.optim.Optimizer, progress: Progress) -> Progress:
-        record = take_step(self.objective.micros(progress.step), self.parameters, optimizer, progress.step, self.settings)
+        record = take_step(
+            self.objective.micros(progress.step), self.parameters, optimizer, progress.step, self.settings
+        )
         step = progress.step + 1
         history = progress.history
         last = step == self.settings.steps
@@ -209,7 +218,9 @@ def take_step(
             loss.backward()
         total += float(loss.detach())
     if not math.isfinite(total):
-        raise Refused(f"the loss became {total} at step {step + 1}: lower --learning-rate, or look at the data there")
+        raise Refused(
+            f"the loss became {total} at step {step + 1}: lower --learning-rate, or look at the data there"
+        )
     norm = nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm or math.inf)
     rate = settings.learning_rate * rate_share(step, settings)
     for group in optimizer.param_groups:

@@ -82,7 +82,9 @@ class MemberObjective:
 
 def _whole(examples: Sequence[Example]) -> Tensor:
     longest = max(len(example.ids) for example in examples) - 1
-    return torch.tensor([[*e.ids[:-1], *[0] * (longest + 1 - len(e.ids))] for e in examples], dtype=torch.long)
+    return torch.tensor(
+        [[*e.ids[:-1], *[0] * (longest + 1 - len(e.ids))] for e in examples], dtype=torch.long
+    )
 
 
 @torch.no_grad()

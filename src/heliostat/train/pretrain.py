@@ -19,7 +19,8 @@ from heliostat.model.config import config_json, parse_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import save_checkpoint, state_of
-from heliostat.tasks import corpus, tokenizer as made
+from heliostat.tasks import corpus
+from heliostat.tasks import tokenizer as made
 from heliostat.train import checkpoint
 from heliostat.train.data import document_ids
 from heliostat.train.formats import Record, read_jsonl
@@ -122,7 +123,14 @@ def _run(
         model, rows, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, recipe.seed
     )
     model.checkpointing = recipe.gradient_checkpointing
-    ignored = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_steps"}
+    ignored = {
+        "output_dir",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "eval_steps",
+    }
     data = hashlib.sha256(rows.ids.numpy().data).hexdigest()
     identity = identity_of(recipe.model_dump(exclude=ignored) | {"tokenizer": tokenizer, "rows": data})
 
@@ -212,7 +220,9 @@ def _from_file(path: str, tokenizer: Tokenizer) -> list[list[int]]:
         if record.text is not None:
             found.append(document_ids(record, tokenizer))
         else:
-            found.append(tokenizer.encode(tokenizer.render([t.message for t in record.turns], generation=False)))
+            found.append(
+                tokenizer.encode(tokenizer.render([t.message for t in record.turns], generation=False))
+            )
     return found
 
 
@@ -224,6 +234,9 @@ def _write(recipe: SettledPretraining, model: Transformer, tokenizer_folder: Pat
             if file.is_file() and file.suffix in (".json", ".jinja"):
                 atomic_write_text(partial / file.name, file.read_text(encoding="utf-8"))
         tokenizer = Tokenizer.load(partial)
-        ends = {"eos_token_id": tokenizer.eos_ids[0] if tokenizer.eos_ids else None, "pad_token_id": tokenizer.pad_id}
+        ends = {
+            "eos_token_id": tokenizer.eos_ids[0] if tokenizer.eos_ids else None,
+            "pad_token_id": tokenizer.pad_id,
+        }
         save_checkpoint(partial, state, config | ends)
         atomic_write_text(partial / "generation_config.json", json.dumps(ends, indent=2) + "\n")

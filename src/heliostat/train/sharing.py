@@ -75,7 +75,9 @@ def lay_out(examples: Sequence[Example], row: Row) -> Layout:
         from_prompt=_pairs([(b, p) for b, p, _ in said]),
         from_answers=_pairs([(b, c) for b, c, _, _ in said_later]),
         targets=torch.tensor([t for *_, t in said] + [t for _, _, t, _ in said_later], dtype=torch.long),
-        where=torch.tensor([(b, p) for b, p, _ in said] + [(b, p) for b, _, _, p in said_later], dtype=torch.long).view(-1, 2),
+        where=torch.tensor(
+            [(b, p) for b, p, _ in said] + [(b, p) for b, _, _, p in said_later], dtype=torch.long
+        ).view(-1, 2),
         tokens=_tokens(row, sum(map(len, prompts)), sum(map(len, spans)), one_voice=one_voice),
     )
 
@@ -114,9 +116,13 @@ def _prompt_pass(layout: Layout, writer: Loaded) -> tuple[KeyValues, Tensor]:
     return recording.written, hidden
 
 
-def _answer_passes(answers: Answers, row: Row, modules: Mapping[str, Loaded], written: KeyValues, prompt: int) -> Tensor:
+def _answer_passes(
+    answers: Answers, row: Row, modules: Mapping[str, Loaded], written: KeyValues, prompt: int
+) -> Tensor:
     """Hidden states [B, Q, E] of the speaker over the answers' positions."""
-    if row.answer_writer == row.prompt_writer:  # everything is written already, the answers' own positions too
+    if (
+        row.answer_writer == row.prompt_writer
+    ):  # everything is written already, the answers' own positions too
         reading = Reading([written], sees_all(answers, prompt), own=False)
         return _run(modules[row.speaker], answers, reading)
     sees = torch.cat([sees_prompt(answers, prompt), sees_answer(answers)], dim=-1)
@@ -176,7 +182,9 @@ def to_device(layout: Layout, device: torch.device) -> Layout:
 def _answers(spans: list[list[tuple[int, int, int, int]]]) -> Answers | None:
     if not any(spans):
         return None
-    ids, positions, starts, numbers = (_padded([[c[i] for c in columns] for columns in spans]) for i in range(4))
+    ids, positions, starts, numbers = (
+        _padded([[c[i] for c in columns] for columns in spans]) for i in range(4)
+    )
     lengths = torch.tensor([len(columns) for columns in spans])
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     return Answers(ids, positions, starts, numbers.masked_fill(padding, -1))

@@ -90,7 +90,10 @@ class TextObjective:
         device = self.model.device
         parts = [picked[i : i + self.batch] for i in range(0, size, self.batch)]
         return [
-            TextMicro(self.model, *(t[part].to(device) for t in (self.rows.ids, self.rows.documents, self.rows.positions)))
+            TextMicro(
+                self.model,
+                *(t[part].to(device) for t in (self.rows.ids, self.rows.documents, self.rows.positions)),
+            )
             for part in parts
         ]
 
@@ -98,7 +101,9 @@ class TextObjective:
         count, picked = self.rows.ids.shape[0], []
         while size > 0:
             epoch, offset = divmod(start, count)
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            order = torch.randperm(
+                count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            )
             taken = order[offset : offset + size]
             picked.append(taken)
             start, size = start + len(taken), size - len(taken)

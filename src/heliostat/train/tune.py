@@ -32,7 +32,7 @@ from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Member, Row, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import save_adapter
-from heliostat.linear.lora import add_adapter, adapter_of
+from heliostat.linear.lora import adapter_of, add_adapter
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import read_tensors, save_checkpoint, state_of, weight_files
 from heliostat.train import checkpoint
@@ -114,7 +114,9 @@ def tune(
         atomic_write_text(run_folder / "recipe.yaml", to_yaml(job.recipe))
         with watching(job) as watch:
             history = _run(job, watch)
-        draw_loss(history, run_folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}")
+        draw_loss(
+            history, run_folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}"
+        )
         member = _publish(job, history)
         for old in checkpoint.checkpoints(run_folder):
             checkpoint.discard(old)
@@ -193,10 +195,20 @@ def objective_of(job: Job) -> MemberObjective:
 def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
     recipe = job.recipe
     settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
-    ignored = {"family", "logging_steps", "save_steps", "save_total_limit", "resume_from_checkpoint", "eval_data", "metric"}
+    ignored = {
+        "family",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "eval_data",
+        "metric",
+    }
     facts = recipe.model_dump(exclude=ignored) | {
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
-        "digests": {name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)},
+        "digests": {
+            name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)
+        },
     }
     judge = None
     if job.held_out:
@@ -236,8 +248,14 @@ def _held_out(recipe: Settled, tokenizer: Tokenizer) -> tuple[Example, ...]:
 
 
 def _notes(data: Examples) -> list[str]:
-    notes = [f"left out {len(data.bad)} bad lines, the first: line {data.bad[0].line}: {data.bad[0].reason}"] if data.bad else []
-    return notes + ([f"left out {len(data.too_long)} records longer than max_length"] if data.too_long else [])
+    notes = (
+        [f"left out {len(data.bad)} bad lines, the first: line {data.bad[0].line}: {data.bad[0].reason}"]
+        if data.bad
+        else []
+    )
+    return notes + (
+        [f"left out {len(data.too_long)} records longer than max_length"] if data.too_long else []
+    )
 
 
 def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | None:
@@ -245,7 +263,9 @@ def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | Non
         return None
     row = family.row(recipe.teacher)
     if not row.alone:
-        raise Refused(f"teacher {recipe.teacher!r} shares its row with the base; only a whole model can teach (independent)")
+        raise Refused(
+            f"teacher {recipe.teacher!r} shares its row with the base; only a whole model can teach (independent)"
+        )
     kind = torch.bfloat16 if recipe.bf16 else torch.float32
     return load_modules(folder, family, [row.speaker], dtype=kind)[row.speaker]
 
@@ -257,7 +277,9 @@ def _modules(
     frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
     verify_module(folder, family, BASE)
     if recipe.tuner == "lora":
-        return _with_adapter(load_modules(folder, family, [BASE], dtype=frozen_kind, verify=False), recipe, own)
+        return _with_adapter(
+            load_modules(folder, family, [BASE], dtype=frozen_kind, verify=False), recipe, own
+        )
     own_model = load_modules(folder, family, [BASE], dtype=torch.float32, verify=False)[BASE].model
     modules = {own: Loaded(own, "", own, own_model)}
     if BASE in row.modules:
@@ -265,7 +287,9 @@ def _modules(
     written = {row.prompt_writer, row.answer_writer}
     for name, parameter in own_model.named_parameters():
         # A module that only speaks reads others' keys and values; its own projections for them are never used.
-        parameter.requires_grad_(own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm")))
+        parameter.requires_grad_(
+            own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm"))
+        )
     return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
 
 
@@ -282,13 +306,17 @@ def _with_adapter(
 
 
 def _check_targets(recipe: Settled, model: nn.Module) -> None:
-    names = {path.rsplit(".", 1)[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)} - {"lm_head"}
+    names = {
+        path.rsplit(".", 1)[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    } - {"lm_head"}
     unknown = sorted(set(recipe.target_modules or ()) - names)
     if unknown:
         raise Refused(f"target_modules {', '.join(unknown)}: this model has {', '.join(sorted(names))}")
     idle = sorted(set(recipe.target_modules or ()) - set(READERS_OF_KEYS))
     if idle and SHARINGS[recipe.sharing].targets == "query_side":
-        raise Refused(f"target_modules {', '.join(idle)}: under {recipe.sharing!r} the member writes no keys or values")
+        raise Refused(
+            f"target_modules {', '.join(idle)}: under {recipe.sharing!r} the member writes no keys or values"
+        )
 
 
 def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
@@ -301,12 +329,17 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
         with atomic_directory(job.folder / path) as partial:
             _save_own(job, partial)
         family = family.with_module(
-            describe_module(job.folder, own, path, base=BASE if job.recipe.tuner == "lora" else None, family=family)
+            describe_module(
+                job.folder, own, path, base=BASE if job.recipe.tuner == "lora" else None, family=family
+            )
         )
         row = SHARINGS[job.recipe.sharing].instantiate(own)
         digests = {name: family.module(name).digest for name in row.modules}
         facts = {k: v for k, v in job.recipe.model_dump(mode="json").items() if k not in ("family", "member")}
-        losses = {"loss": history[-1]["loss"], **({"eval_loss": history[-1]["eval_loss"]} if job.held_out else {})}
+        losses = {
+            "loss": history[-1]["loss"],
+            **({"eval_loss": history[-1]["eval_loss"]} if job.held_out else {}),
+        }
         member = Member(job.recipe.member, row, job.recipe.sharing, digests, facts, losses)
         write_family(job.folder, family.with_member(member))
     return member
@@ -335,4 +368,8 @@ def note_evaluation(folder: Path, member: str, facts: Mapping[str, Any]) -> None
 
 def first_prompts(recipe: Recipe, count: int) -> list[Record]:
     """A few held-out prompts (or training ones where none are held out) to show before and after."""
-    return list(read_jsonl(recipe.eval_data or recipe.data[0], skip_bad=True, prompts=recipe.teacher is not None).records[:count])
+    return list(
+        read_jsonl(
+            recipe.eval_data or recipe.data[0], skip_bad=True, prompts=recipe.teacher is not None
+        ).records[:count]
+    )

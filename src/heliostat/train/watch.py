@@ -47,7 +47,9 @@ class Bar:
             if record["step"] % self.every == 0 or record["step"] == self.total:
                 print(json.dumps(record), file=sys.stderr, flush=True)
             return
-        judged = "".join(f"  {k.removeprefix('eval_')} {v:.3g}" for k, v in record.items() if k.startswith("eval_"))
+        judged = "".join(
+            f"  {k.removeprefix('eval_')} {v:.3g}" for k, v in record.items() if k.startswith("eval_")
+        )
         facts = f"loss {record['loss']:.3f}{judged}  {self._speed:,.0f} tokens/s  {resident_mib():,.0f} MiB"
         self.progress.update(self.task, completed=record["step"], facts=facts)
 

@@ -1,0 +1,210 @@
+"""One measured run: tune one row on one embedded task, answer the test set, keep every verdict.
+
+``python -m heliostat.bench.trial --help`` runs one in a process of its own; ``results`` runs many, ``demo`` a few.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from heliostat.build import Loaded, init_family, load_modules, read_family
+from heliostat.family import SHARINGS, Row
+from heliostat.files import atomic_write_text, read_json
+from heliostat.tasks import TASKS
+from heliostat.train.recipe import Recipe
+from heliostat.train.spellings import make_recipe
+
+EMBEDDED_BASE = Path(__file__).parent.parent / "assets" / "base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What is run; two equal trials give equal results."""
+
+    task: str
+    sharing: str
+    tuner: str
+    learning_rate: float
+    seed: int
+    steps: int
+    batch: int = 32
+    r: int = 16
+    train_items: int = 20_000
+    test_items: int = 1_000
+    validation_items: int = 300
+
+    @property
+    def name(self) -> str:
+        """Name of the member it makes."""
+        rate = f"{self.learning_rate:g}"
+        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}"
+
+
+def run(
+    trial: Trial, folder: Path, *, watching: Callable[[Any], AbstractContextManager[Any]] | None = None
+) -> dict[str, Any]:
+    """Tune and judge; the result is kept in ``folder`` and a finished trial is not run again."""
+    kept = folder / "trials" / f"{trial.name}.json"
+    if kept.exists():
+        return read_json(kept)
+    from heliostat.train.tune import tune
+    from heliostat.train.watch import Silent
+
+    begin = time.perf_counter()
+    files = write_data(trial, folder)
+    if trial.name not in read_family(folder / "family").members:
+        tune(
+            recipe_of(trial, folder, files["train"]), watching=watching or (lambda job: nullcontext(Silent()))
+        )
+    seconds = time.perf_counter() - begin
+    row = read_family(folder / "family").row(trial.name)
+    result = {"trial": asdict(trial), "seconds": round(seconds, 2), **judge(trial, row, folder)}
+    result["history"] = _history(folder, trial)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(kept, json.dumps(result) + "\n")
+    return result
+
+
+def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
+    """The recipe that a trial stands for."""
+    values = {
+        "family": str(folder / "family"),
+        "member": trial.name,
+        "sharing": trial.sharing,
+        "data": [str(data)],
+        "tuner": trial.tuner,
+        "learning_rate": trial.learning_rate,
+        "max_steps": trial.steps,
+        "per_device_train_batch_size": trial.batch,
+        "max_length": 256,
+        "seed": trial.seed,
+    }
+    return make_recipe(Recipe, values | ({"r": trial.r} if trial.tuner == "lora" else {}))
+
+
+def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
+    """Accuracy on the validation and test sets of a trial's task, under any row over the family's modules."""
+    import torch
+
+    from heliostat.build import load_tokenizer
+    from heliostat.llm import LLM
+    from heliostat.train.evaluate import evaluate
+
+    family_folder, files = folder / "family", write_data(trial, folder)
+    family = read_family(family_folder)
+    modules = load_modules(family_folder, family, row.modules, dtype=torch.float32)
+    llm = LLM.of(modules, {"judged": row}, load_tokenizer(family_folder, family), max_running=128)
+    metric = TASKS[trial.task].metric
+    found = {part: evaluate(llm, "judged", files[part], metric=metric) for part in ("validation", "test")}
+    samples = [asdict(item) for item in found["test"].items[:6]]
+    return {
+        "validation": found["validation"].accuracy,
+        "test": found["test"].accuracy,
+        "verdicts": "".join("1" if item.right else "0" for item in found["test"].items),
+        "samples": samples,
+    }
+
+
+def as_half(ordinary: Trial, sharing: str, folder: Path) -> dict[str, Any]:
+    """Negative control: an ordinary fine-tune used, untrained for it, as the own half of another sharing's row."""
+    kept = folder / "trials" / f"{ordinary.name}.as-{sharing}.json"
+    if kept.exists():
+        return read_json(kept)
+    own = read_family(folder / "family").row(ordinary.name).speaker
+    result = {
+        "trial": asdict(ordinary),
+        "as": sharing,
+        **judge(ordinary, SHARINGS[sharing].instantiate(own), folder),
+    }
+    atomic_write_text(kept, json.dumps(result) + "\n")
+    return result
+
+
+def base_alone(trial: Trial, folder: Path) -> dict[str, Any]:
+    """The untuned base on the trial's task."""
+    kept = folder / "trials" / f"{trial.task}-base.json"
+    if kept.exists():
+        return read_json(kept)
+    result = {"trial": asdict(trial), **judge(trial, Row("base", "base", "base", "base"), folder)}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(kept, json.dumps(result) + "\n")
+    return result
+
+
+def write_data(trial: Trial, folder: Path) -> Mapping[str, Path]:
+    """The task's train, validation and test files. Test items are the same for every seed; none is in training."""
+    task, kept_apart = TASKS[trial.task], trial.test_items
+    held_out = task.test(0, trial.test_items + trial.validation_items)
+    sets = {
+        "train": (
+            f"train-{trial.train_items}-s{trial.seed}",
+            lambda: task.train(1000 + trial.seed, trial.train_items),
+        ),
+        "validation": (f"validation-{trial.validation_items}", lambda: held_out[kept_apart:]),
+        "test": (f"test-{trial.test_items}", lambda: held_out[:kept_apart]),
+    }
+    files = {}
+    for part, (name, make) in sets.items():
+        files[part] = folder / "data" / f"{trial.task}-{name}.jsonl"
+        if not files[part].exists():
+            files[part].parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(files[part], "".join(json.dumps(item) + "\n" for item in make()))
+    return files
+
+
+def ensure_family(folder: Path, base: Path = EMBEDDED_BASE) -> None:
+    """The family that trials are run in, made around the embedded base the first time."""
+    if not (folder / "family" / "family.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        init_family(folder / "family", base)
+
+
+def _history(folder: Path, trial: Trial) -> list[list[float]]:
+    log = folder / "family" / "runs" / trial.name / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [[r["step"], round(r["loss"], 5)] for r in records]
+
+
+def memory_of(modules: Mapping[str, Loaded]) -> int:
+    """Bytes of all weights in memory, shared ones once."""
+    tensors = {
+        t.data_ptr(): t.numel() * t.element_size() for m in modules.values() for t in m.model.parameters()
+    }
+    return sum(tensors.values())
+
+
+def main() -> None:
+    """Run one trial from the command line; what is printed is its result."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    for name, kind in (
+        ("task", str),
+        ("sharing", str),
+        ("tuner", str),
+        ("learning-rate", float),
+        ("seed", int),
+        ("steps", int),
+    ):
+        parser.add_argument(f"--{name}", type=kind, required=True)
+    given = vars(parser.parse_args())
+    folder, threads = given.pop("folder"), given.pop("threads")
+    import torch
+
+    torch.set_num_threads(threads)
+    result = run(Trial(**given), folder)
+    print(
+        json.dumps({"name": Trial(**given).name, "validation": result["validation"], "test": result["test"]})
+    )
+
+
+if __name__ == "__main__":
+    main()
