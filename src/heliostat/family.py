@@ -255,7 +255,7 @@ class Family:
             )
         if name in self.members:
             raise Refused(
-                f"there is already a member {name!r}: choose another name, or `heliostat member rm {name}` first"
+                f"there is already a member {name!r}: choose another name, or first heliostat member rm FAMILY {name}"
             )
         if name in self.modules:
             raise Refused(f"{name!r} is the name of a module of this family: choose another member name")

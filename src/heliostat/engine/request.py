@@ -40,21 +40,29 @@ class Sampling:
     temperature: float = 0.0
     """0 is greedy."""
     top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability; 1 keeps every token."""
     top_k: int = 0
     """0 keeps every token."""
     min_p: float = 0.0
+    """Only tokens at least this times as likely as the likeliest; 0 keeps every token."""
     seed: int = 0
+    """The same seed gives the same answer, whatever else runs."""
     choice: int = 0
     """Which of the n answers to one prompt this is; each has its own noise."""
     min_tokens: int = 0
     """Answer tokens before an end token may be chosen."""
     ignore_eos: bool = False
+    """Go on past end tokens, up to max_tokens."""
     stop: tuple[str, ...] = ()
+    """Texts that end an answer; they are left out of it."""
     logprobs: int | None = None
     """Top log-probabilities to report with each answer token; 0: the chosen token's only; None: nothing."""
     presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the answer already has."""
     frequency_penalty: float = 0.0
+    """Taken off the logits of tokens, once for every time that the answer already has them."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids; -100 forbids a token."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _LIMITS.items():

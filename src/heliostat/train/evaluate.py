@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heliostat.errors import Refused
 from heliostat.llm import LLM
 from heliostat.tasks.grade import grade
 from heliostat.train.data import question_ids
@@ -50,6 +51,8 @@ def evaluate(llm: LLM, member: str, data: str | Path, *, metric: str, limit: int
     Of a conversation the last answer is asked for; the earlier ones are taken from the data.
     """
     records = [r for r in read_jsonl(data).records if r.answer is not None]
+    if not records:
+        raise Refused(f"{data} holds texts without prompts: there is no answer to grade")
     return evaluate_records(llm, member, records[:limit], metric=metric)
 
 
