@@ -42,7 +42,7 @@ def init(
     print_next(
         [
             ["train", family, "--member", "NAME", "--sharing", "sun", "--data", "DATA.jsonl"],
-            ["generate", family, "--prompt", "..."],
+            ["generate", family, "--prompt", "your prompt"],
         ]
     )
 
@@ -63,7 +63,9 @@ def bring_in(
         return print_json({"member": member, "sharing": entry.sharing, "modules": list(entry.row.modules)})
     print(f"{member} is a member now, sharing {entry.sharing}: {', '.join(entry.row.modules)}")
     convert = ["--member", "NEW", "--sharing", "sun", "--teacher", member, "--data", "PROMPTS.jsonl"]
-    print_next([["generate", family, "--member", member, "--prompt", "..."], ["train", family, *convert]])
+    print_next(
+        [["generate", family, "--member", member, "--prompt", "your prompt"], ["train", family, *convert]]
+    )
 
 
 def export(

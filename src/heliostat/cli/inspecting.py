@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from heliostat.check import Finding
     from heliostat.survey import MemberFacts, Survey
 
+_HEADS = tuple(part.replace("_", " ") for part in PARTS)  # a space is where a narrow terminal can break them
+
 
 def inspect_family(family: Family, as_json: Json = False) -> None:
     """With the memory of as many separate models beside the family's."""
@@ -34,7 +36,7 @@ def inspect_family(family: Family, as_json: Json = False) -> None:
     _show_members(found)
     rows = [(s.what, readable_size(s.separate), readable_size(s.family), s.why) for s in found.savings]
     models = f"{len(found.members)} separate model{'s' * (len(found.members) != 1)}"
-    print_table(rows, title=f"Memory, {found.dtype}", columns=("of", models, "this family", "because"))
+    print_table(rows, title="Memory", columns=("of", models, "this family", "because"))
 
 
 def _show_modules(found: Survey) -> None:
@@ -44,20 +46,20 @@ def _show_modules(found: Survey) -> None:
             m.kind,
             f"{m.parameters:,}",
             readable_size(m.bytes),
-            m.digest[:12],
+            m.digest[:8],
             ", ".join(m.users) or "nobody",
         )
         for m in found.modules
     ]
-    columns = ("module", "kind", "parameters", f"size, {found.dtype}", "digest", "used by")
-    print_table(rows, title=f"Modules of {found.folder}", columns=columns)
+    columns = ("module", "kind", "parameters", "size", "digest", "used by")
+    print_table(rows, title=f"Modules of {found.folder}, {found.dtype}", columns=columns)
 
 
 def _show_members(found: Survey) -> None:
     rows = [
         (m.name, m.sharing, *(getattr(m.row, part) for part in PARTS), _accuracy(m)) for m in found.members
     ]
-    print_table(rows, title="Members", columns=("member", "sharing", *PARTS, "accuracy"))
+    print_table(rows, title="Members", columns=("member", "sharing", *_HEADS, "accuracy"))
     shared = [
         (
             m.name,
@@ -67,7 +69,7 @@ def _show_members(found: Survey) -> None:
         )
         for m in found.members
     ]
-    columns = ("member", *PARTS[:3], "prompts' K,V", "answers' K,V")
+    columns = ("member", *_HEADS[:3], "prompts' K,V", "answers' K,V")
     print_table(
         shared, title="Shared with whom: one pass for both, and the same keys and values", columns=columns
     )

@@ -35,7 +35,12 @@ def print_table(rows: Iterable[Sequence[str]], *, title: str, columns: Sequence[
     from rich.text import Text
 
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=bool(columns)
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=bool(columns),
     )
     filled = [[Text(cell) for cell in row] for row in rows]
     for place in range(len(columns) or max((len(row) for row in filled), default=0)):

@@ -245,7 +245,7 @@ def _next(recipe: Recipe) -> list[Sequence[object]]:
     who = [recipe.family, "--member", recipe.member]
     data = recipe.eval_data or "TEST.jsonl"
     return [
-        ["generate", *who, "--prompt", "..."],
+        ["generate", *who, "--prompt", "your prompt"],
         ["chat", *who],
         ["eval", *who, "--data", data, "--metric", recipe.metric],
         ["check", *who],
