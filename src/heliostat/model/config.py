@@ -90,6 +90,10 @@ class Architecture:
     window_switch: bool = False
     """Whether ``use_sliding_window`` turns the window on (else the window is on when it is a number)."""
     rope_theta: float = 10000.0
+    kv_heads: int | None = None
+    """``num_key_value_heads`` of a config that leaves it out; None: as many as query heads."""
+    head_width: int | None = None
+    """``head_dim`` of a config that leaves it out; None: E / H."""
     keys: frozenset[str] = frozenset()
 
 
@@ -97,10 +101,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
         "LlamaForCausalLM", None, None, None, keys=frozenset({"attention_bias", "mlp_bias", "pretraining_tp"})
     ),
-    "mistral": Architecture("MistralForCausalLM", window_default=4096),
-    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, window_switch=True),
+    "mistral": Architecture("MistralForCausalLM", window_default=4096, kv_heads=8),
+    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True, window_switch=True, kv_heads=32),
     "qwen3": Architecture(
-        "Qwen3ForCausalLM", None, None, qk_norm=True, window_switch=True, keys=frozenset({"attention_bias"})
+        "Qwen3ForCausalLM",
+        None,
+        None,
+        qk_norm=True,
+        window_switch=True,
+        kv_heads=32,
+        head_width=128,
+        keys=frozenset({"attention_bias"}),
     ),
 }
 
@@ -212,6 +223,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise Refused(f"{folder} is no Hugging Face checkpoint: it has no config.json") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise Refused(f"{path} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise Refused(f"{path} holds {type(data).__name__}, not a JSON object")
     return parse_config(data)
 
 
@@ -222,10 +235,10 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     window = _window(data, kind)
     longest = _whole(data, "max_position_embeddings")
     width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
-    kv_heads = data.get("num_key_value_heads") or heads
+    kv_heads = _whole(data, "num_key_value_heads", left_out=kind.kv_heads) or heads
     if heads % kv_heads:
         raise Refused(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    head_width = data.get("head_dim") or width // heads
+    head_width = _whole(data, "head_dim", left_out=kind.head_width) or width // heads
     if head_width % 2:
         raise Refused(f"head_dim {head_width} is odd; rotary embedding needs an even one")
     bias = bool(data.get("attention_bias", False))
@@ -238,7 +251,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         kv_heads=kv_heads,
         head_width=head_width,
         mlp_width=_whole(data, "intermediate_size"),
-        norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(data, "rms_norm_eps", 1e-6),
         tied=bool(data.get("tie_word_embeddings", False)),
         max_length=min(longest, window or longest),
         rope=read_rope(data, kind, longest),
@@ -251,10 +264,14 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
 
 def read_rope(data: Mapping[str, Any], kind: Architecture, longest: int) -> dict[str, Any]:
     """Rotary options in one spelling, from ``rope_parameters`` or from ``rope_theta`` and ``rope_scaling``."""
-    found = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    found: dict[str, Any] = {}
+    for spelling in ("rope_scaling", "rope_parameters"):
+        if not isinstance(said := data.get(spelling) or {}, dict):
+            raise Refused(f"config.json: {spelling} must be an object, it is {said!r}")
+        found |= said
     name = found.pop("rope_type", None) or found.pop("type", None) or "default"
     found.pop("type", None)
-    theta = found.pop("rope_theta", None) or data.get("rope_theta") or kind.rope_theta
+    theta = found.pop("rope_theta", None) or _number(data, "rope_theta", kind.rope_theta)
     share = found.pop("partial_rotary_factor", None) or data.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         raise Refused(f"partial_rotary_factor {share}: heliostat rotates whole heads only (1.0)")
@@ -266,6 +283,9 @@ def read_rope(data: Mapping[str, Any], kind: Architecture, longest: int) -> dict
     if missing:
         raise Refused(f"rope type {name!r} lacks {', '.join(missing)}")
     options = {key: found[key] for key in sorted(allowed) if found.get(key) is not None}
+    for key, value in {"rope_theta": theta, **options}.items():
+        if not isinstance(value, (int, float)):
+            raise Refused(f"rope type {name!r}: {key} must be a number, it is {value!r}")
     if "original_max_position_embeddings" in allowed:
         options.setdefault("original_max_position_embeddings", longest)
     if name == "yarn":
@@ -304,19 +324,36 @@ def _window(data: Mapping[str, Any], kind: Architecture) -> int | None:
         return _whole(data, "sliding_window") if data.get("use_sliding_window") else None
     if kind.window_default is None:
         return None
-    window = data.get("sliding_window", kind.window_default)
-    return int(window) if window else None
+    return _whole(data, "sliding_window", left_out=kind.window_default)
 
 
-def _whole(data: Mapping[str, Any], key: str) -> int:
-    value = data.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise Refused(f"config.json: {key} must be a positive whole number, it is {value!r}")
+_REQUIRED = object()
+
+
+def _whole(data: Mapping[str, Any], key: str, *, left_out: Any = _REQUIRED) -> Any:
+    """A positive whole number; where it may be left out, that default, and None where it says null."""
+    value = data.get(key, left_out)
+    if left_out is not _REQUIRED and value is None:
+        return None
+    if value is _REQUIRED or not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        shown = None if value is _REQUIRED else value
+        raise Refused(f"config.json: {key} must be a positive whole number, it is {shown!r}")
     return value
+
+
+def _number(data: Mapping[str, Any], key: str, left_out: float) -> float:
+    value = data.get(key)
+    if value is None:
+        return left_out
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+        raise Refused(f"config.json: {key} must be a positive number, it is {value!r}")
+    return float(value)
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
     """config.json of a new checkpoint of this shape, as transformers reads it."""
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    known = ARCHITECTURES[config.architecture].keys
     return {
         "architectures": [ARCHITECTURES[config.architecture].class_name],
         "model_type": config.architecture,
@@ -332,7 +369,6 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "rope_parameters": dict(config.rope),
         "hidden_act": "silu",
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
         "sliding_window": None,
+        **{key: value for key, value in biases.items() if key in known},
     }
