@@ -1,0 +1,248 @@
+"""All tasks, all sharings, several seeds, equal learning-rate trials: the accuracy table of the project. Resumable.
+
+For each task and method the same number of learning rates is tried with seed 0 and judged on validation items; the
+best goes on with the other seeds and is judged on test items that no choice ever saw. Trials run in processes of
+their own, one thread each, and are kept: run it again and only what is missing is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from heliostat.bench.birth import certificate
+from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, write_data
+from heliostat.files import atomic_write_text, read_json
+from heliostat.plot import bars, lines
+from heliostat.tasks import TASKS
+
+SEEDS = (0, 1, 2)
+STEPS = 600
+BOOTSTRAPS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way of tuning, and the learning rates tried for it: as many for each."""
+
+    name: str
+    sharing: str
+    tuner: str
+    rates: tuple[float, ...]
+    against: str
+    """The method its accuracy is compared with, on the same items and seeds."""
+
+
+METHODS = (
+    Method("full fine-tune", "independent", "full", (1e-3, 2e-3, 4e-3), "full fine-tune"),
+    Method("SUN", "sun", "full", (2e-3, 4e-3, 8e-3), "full fine-tune"),
+    Method("PrefillShare", "prefillshare", "full", (1e-3, 2e-3, 4e-3), "full fine-tune"),
+    Method("LoRA", "independent", "lora", (3e-3, 6e-3, 1.2e-2), "LoRA"),
+    Method("ICaRus", "icarus", "lora", (3e-3, 6e-3, 1.2e-2), "LoRA"),
+)
+CONTROLS = {"control: SUN's writer": "sun", "control: PrefillShare's speaker": "prefillshare"}
+
+
+def search(task: str, method: Method, steps: int) -> list[Trial]:
+    """The learning-rate trials of one method."""
+    found = Trial(
+        task=task, sharing=method.sharing, tuner=method.tuner, learning_rate=0.0, seed=SEEDS[0], steps=steps
+    )
+    return [replace(found, learning_rate=rate) for rate in method.rates]
+
+
+def best(folder: Path, trials: Sequence[Trial]) -> Trial:
+    """The trial with the highest validation accuracy; of equals the smaller rate."""
+    return max(trials, key=lambda t: (_kept(folder, t)["validation"], -t.learning_rate))
+
+
+def run_all(folder: Path, trials: Sequence[Trial], *, workers: int, console: Console) -> None:
+    """Run the trials that are missing, ``workers`` at a time; one that fails is named and stops the rest."""
+    waiting = [t for t in trials if not (folder / "trials" / f"{t.name}.json").exists()]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    total, begin = len(waiting), time.perf_counter()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                trial = waiting.pop(0)
+                running[trial.name] = _start(folder, trial)
+            time.sleep(0.2)
+            for name in [n for n, process in running.items() if process.poll() is not None]:
+                if running.pop(name).returncode:
+                    raise RuntimeError(f"trial {name} failed; its log: {folder / 'logs' / name}.log")
+                done = total - len(waiting) - len(running)
+                console.print(f"{done}/{total} {name}  {(time.perf_counter() - begin) / 60:.1f} min")
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def _start(folder: Path, trial: Trial) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", "heliostat.bench.trial", "--folder", str(folder)]
+    for name in ("task", "sharing", "tuner", "learning_rate", "seed", "steps"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(trial, name))]
+    log = folder / "logs" / f"{trial.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        return subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
+
+
+def measure(
+    folder: Path, tasks: Sequence[str], *, steps: int, workers: int, console: Console
+) -> dict[str, Any]:
+    """Everything, for the tasks; returns the table."""
+    ensure_family(folder)
+    for task in tasks:
+        for seed in SEEDS:  # written once, before several processes want them
+            write_data(replace(search(task, METHODS[0], steps)[0], seed=seed), folder)
+    run_all(
+        folder,
+        [t for k in tasks for m in METHODS for t in search(k, m, steps)],
+        workers=workers,
+        console=console,
+    )
+    chosen = {(k, m.name): best(folder, search(k, m, steps)) for k in tasks for m in METHODS}
+    seeds = [replace(trial, seed=seed) for trial in chosen.values() for seed in SEEDS]
+    run_all(folder, seeds, workers=workers, console=console)
+    return {task: _task_table(folder, task, chosen) for task in tasks}
+
+
+def _task_table(folder: Path, task: str, chosen: Mapping[tuple[str, str], Trial]) -> dict[str, Any]:
+    full = chosen[task, METHODS[0].name]
+    table: dict[str, Any] = {"base, untuned": {"seeds": [base_alone(full, folder)["test"]]}}
+    verdicts: dict[str, list[str]] = {}
+    for method in METHODS:
+        trial = chosen[task, method.name]
+        found = [_kept(folder, replace(trial, seed=seed)) for seed in SEEDS]
+        verdicts[method.name] = [one["verdicts"] for one in found]
+        table[method.name] = {
+            "learning_rate": trial.learning_rate,
+            "tried": {
+                f"{t.learning_rate:g}": _kept(folder, t)["validation"]
+                for t in search(task, method, trial.steps)
+            },
+            "seeds": [one["test"] for one in found],
+            "seconds": [one["seconds"] for one in found],
+            "history": found[0]["history"],
+        }
+        table[method.name] |= _against(verdicts[method.name], verdicts[method.against], method)
+    for name, sharing in CONTROLS.items():
+        found = [as_half(replace(full, seed=seed), sharing, folder) for seed in SEEDS]
+        table[name] = {"seeds": [one["test"] for one in found]}
+        table[name] |= _against([one["verdicts"] for one in found], verdicts[METHODS[0].name], METHODS[1])
+    return table
+
+
+def _against(ours: Sequence[str], theirs: Sequence[str], method: Method) -> dict[str, Any]:
+    """Difference in points to the method compared with, with a 95 % interval; none to itself."""
+    if list(ours) == list(theirs):
+        return {}
+    mean, low, high = paired_difference(ours, theirs)
+    return {
+        "against": method.against,
+        "points": round(100 * mean, 2),
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+    }
+
+
+def paired_difference(
+    ours: Sequence[str], theirs: Sequence[str], *, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference of accuracy and its 95 % bootstrap interval over items; verdicts are strings of 0 and 1 a seed.
+
+    An item's difference is averaged over seeds first: seeds answer the same items and are not independent items.
+    """
+    items = len(ours[0])
+    gaps = [
+        sum(int(a[i]) - int(b[i]) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+        for i in range(items)
+    ]
+    rng = random.Random(seed)
+    means = sorted(sum(rng.choices(gaps, k=items)) / items for _ in range(BOOTSTRAPS))
+    return sum(gaps) / items, means[int(0.025 * BOOTSTRAPS)], means[int(0.975 * BOOTSTRAPS)]
+
+
+def _kept(folder: Path, trial: Trial) -> dict[str, Any]:
+    return read_json(folder / "trials" / f"{trial.name}.json")
+
+
+def write(folder: Path, tables: Mapping[str, Any], birth: Mapping[str, Any]) -> Path:
+    """accuracy.json, accuracy.md and its pictures in ``folder``; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(
+        folder / "accuracy.json", json.dumps({"birth": birth, "tasks": tables}, indent=1) + "\n"
+    )
+    parts = ["# Accuracy of every sharing on the embedded tasks", "", *_preface(birth), ""]
+    for task, table in tables.items():
+        means = {name: 100 * sum(row["seeds"]) / len(row["seeds"]) for name, row in table.items()}
+        edges = {n: (100 * min(row["seeds"]), 100 * max(row["seeds"])) for n, row in table.items()}
+        picture = bars(
+            means, title=f"{task}: right answers, mean of {len(SEEDS)} seeds", unit="%", intervals=edges
+        )
+        atomic_write_text(folder / f"accuracy-{task}.svg", picture)
+        curves = {n: [(s, x) for s, x in row["history"]] for n, row in table.items() if "history" in row}
+        drawn = lines(
+            curves, title=f"{task}: training loss, seed {SEEDS[0]}", x="step", y="nats an answer token"
+        )
+        atomic_write_text(folder / f"loss-{task}.svg", drawn)
+        parts += [f"## {task}: {TASKS[task].what}", "", *_rows(table), ""]
+        parts += [f"![right answers](accuracy-{task}.svg) ![loss](loss-{task}.svg)", ""]
+    page = folder / "accuracy.md"
+    atomic_write_text(page, "\n".join(parts))
+    return page
+
+
+def _preface(birth: Mapping[str, Any]) -> list[str]:
+    rates = len(METHODS[0].rates)
+    return [
+        f"Each number: mean over {len(SEEDS)} seeds of the share of right greedy answers to 1,000 held-out items; "
+        f"{birth['steps']} steps of 32 examples. {rates} learning rates were tried for each method and task with one "
+        "seed and judged on 300 other items. Points: difference on the same items, 95 % paired bootstrap interval.",
+        "A control is the full fine-tune put into a shared row as it is.",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}; commit {birth['commit']}; {birth['date']}; "
+        + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
+    ]
+
+
+def _rows(table: Mapping[str, Any]) -> list[str]:
+    found = ["| | right answers | by seed | points | rate |", "|---|---|---|---|---|"]
+    for name, row in table.items():
+        mean = sum(row["seeds"]) / len(row["seeds"])
+        points = ""
+        if "points" in row:
+            low, high = row["interval"]
+            points = f"{row['points']:+.1f} [{low:+.1f}, {high:+.1f}] against {row['against']}"
+        seeds = ", ".join(f"{100 * s:.1f}" for s in row["seeds"])
+        found.append(f"| {name} | {mean:.1%} | {seeds} | {points} | {row.get('learning_rate', '')} |")
+    return found
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/results"), help="family, trials, logs")
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="table and pictures")
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, default=2, help="trials at once, one thread each")
+    given = parser.parse_args()
+    tasks = given.tasks.split(",")
+    tables = measure(given.out, tasks, steps=given.steps, workers=given.workers, console=Console(stderr=True))
+    command = f"python -m heliostat.bench.results --tasks {given.tasks} --steps {given.steps}"
+    page = write(given.docs, tables, certificate(command, seeds=list(SEEDS), steps=given.steps))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
