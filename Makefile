@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check lint types format bench results docs clean
+.PHONY: help demo base test test-slow check lint types format bench results docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 
 bench: $(STAMP)  ## time of a training step against its cost model
 	$(BIN)/python -m heliostat.bench.step_time
+
+base: $(STAMP)  ## make the embedded base again, into out/base; about half an hour
+	$(BIN)/heliostat pretrain recipes/base.yaml
 
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
 	$(BIN)/python -m heliostat.bench.results
