@@ -20,19 +20,17 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
-# Options of PEFT's LoRA that change the function and that we do not run; the value means "off".
-FOREIGN = {
-    "use_dora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "trainable_token_indices": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-}
+# Options of PEFT's LoRA that change nothing when the adapter runs, or that its tensors show by themselves.
+HARMLESS = frozenset(
+    """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config
+    r lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern init_lora_weights target_modules exclude_modules
+    layers_to_transform layers_pattern megatron_core qalora_group_size ensure_weight_tying velora_config
+    loftq_config eva_config corda_config lora_ga_config
+    """.split()  # noqa: SIM905 - a list of forty lines hides what it says
+)
+# How an adapter began matters only where that took something away from the base's weights.
+KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -45,16 +43,21 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     config = read_json(Path(folder) / CONFIG)
     if (kind := config.get("peft_type")) != "LORA":
         raise Refused(f"{folder}: peft_type {kind!r}; heliostat reads 'LORA'")
-    for option, off in FOREIGN.items():
-        if config.get(option) not in (off, None, False, [], {}):
-            raise Refused(f"{folder}: {option} {config[option]!r} is not supported (only {off!r})")
-    if (r := config.get("r")) is None or not isinstance(r, int) or r < 1:
+    for option, value in config.items():
+        if option not in HARMLESS and value not in (None, False, "none", [], {}):
+            raise Refused(f"{folder}: {option} {value!r} is not supported: heliostat runs plain LoRA")
+    if (start := config.get("init_lora_weights")) not in KEEPS_BASE:
+        raise Refused(
+            f"{folder}: init_lora_weights {start!r} changes the base's weights too; convert the adapter to a plain one "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if not isinstance(r := config.get("r"), int) or r < 1:
         raise Refused(f"{folder}: r must be a positive whole number, it is {r!r}")
+    if not isinstance(alpha := config.get("lora_alpha") or 8, (int, float)):
+        raise Refused(f"{folder}: lora_alpha must be a number, it is {alpha!r}")
     keys = ("r", "use_rslora", "rank_pattern", "alpha_pattern")
     facts = {key: config[key] for key in keys if config.get(key)}
-    return facts | {
-        "lora_alpha": float(config.get("lora_alpha") or 8)
-    }  # 16 and 16.0 are one adapter, so one digest
+    return facts | {"lora_alpha": float(alpha)}  # 16 and 16.0 are one adapter, so one digest
 
 
 def adapter_file(folder: Path) -> Path:
@@ -147,6 +150,10 @@ def _linear_at(model: nn.Module, path: str, folder: Path) -> nn.Linear:
     except AttributeError as error:
         raise Refused(f"{folder} adapts {path!r}, which this base has not") from error
     inner = getattr(module, "inner", module)
+    if path == "lm_head":
+        raise Refused(
+            f"{folder} adapts 'lm_head': the head of a family is the base's, only Linears of blocks are adapted"
+        )
     if not isinstance(inner, nn.Linear):
         raise Refused(f"{folder} adapts {path!r}, which is no Linear")
     return inner

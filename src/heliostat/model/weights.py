@@ -174,14 +174,13 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
 def digest_folder(folder: Path, files: list[Path], facts: Mapping[str, Any], *, fresh: bool = False) -> str:
     """Digest of a module's files; the last one is remembered beside them and believed while sizes and times agree."""
     stamps = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
-    note, facts_text = (
-        Path(folder) / DIGEST,
-        hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
-    )
-    if not fresh and note.exists():
-        cached = read_json(note)
-        if cached.get("files") == stamps and cached.get("facts") == facts_text:
-            return str(cached["digest"])
+    note = Path(folder) / DIGEST
+    facts_text = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if not fresh:
+        with suppress(Refused, KeyError):  # no note, or a damaged one: as if there were none
+            cached = read_json(note)
+            if cached["files"] == stamps and cached["facts"] == facts_text:
+                return str(cached["digest"])
     digest = digest_tensors(read_tensors(files), facts)
     with suppress(Refused, OSError):  # a family on a read-only disk is read every time, and that is all
         atomic_write_text(note, json.dumps({"digest": digest, "files": stamps, "facts": facts_text}))
