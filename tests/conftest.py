@@ -1,12 +1,17 @@
 """A toy base and a toy family of every sharing, so small that all takes milliseconds."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is loaded, here and in the processes that tests start: toys gain nothing from threads, and on a
+# busy machine threads that wait for each other make them many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEXTS = ["add 2 and 3", "the answer is 5", "say hello to the world", "one two three four five six seven"]
 SHAPE = {
@@ -90,22 +95,16 @@ def tiny_family_made(
     from contextlib import nullcontext
 
     from heliostat.train.recipe import Recipe
+    from heliostat.train.spellings import make_recipe
     from heliostat.train.tune import tune
     from heliostat.train.watch import Silent
 
     folder = tmp_path_factory.mktemp("tiny") / "fam"
     shutil.copytree(bare_family_made, folder)
     for member, (sharing, tuner) in SHARED.items():
-        recipe = Recipe(
-            family=str(folder),
-            member=member,
-            sharing=sharing,
-            tuner=tuner,
-            data=(str(tiny_data),),
-            max_steps=3,
-            learning_rate=0.03,
-            max_length=128,
-        )
+        who = {"family": str(folder), "member": member, "sharing": sharing, "tuner": tuner}
+        pace = {"data": str(tiny_data), "max_steps": 3, "learning_rate": 0.03, "max_length": 128}
+        recipe = make_recipe(Recipe, {**who, **pace})
         tune(recipe, watching=lambda job: nullcontext(Silent()))
     return folder
 

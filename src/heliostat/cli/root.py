@@ -140,7 +140,7 @@ def main() -> None:
     # A library's warning with its path and line helps nobody here; what is ours is said as a note.
     warnings.showwarning = _show_warning
     try:
-        app()
+        app(prog_name="heliostat")
     except Exception as error:
         if os.environ.get(DEBUG):
             raise

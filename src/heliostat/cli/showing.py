@@ -25,5 +25,7 @@ def demo(
     choose(task, TASKS, what="task")
     from heliostat.bench.demo import main
 
-    wishes = {} if steps is None else {"steps": steps}
-    main(out=out, task=task, as_json=as_json, **wishes)
+    if steps is None:
+        main(out=out, task=task, as_json=as_json)
+    else:
+        main(out=out, task=task, steps=steps, as_json=as_json)
