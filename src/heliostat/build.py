@@ -19,7 +19,7 @@ from heliostat.linear.lora import Route, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import checkpoint_facts, digest_folder, load_transformer, weight_files
+from heliostat.model.weights import DIGEST, checkpoint_facts, digest_folder, load_transformer, weight_files
 
 FAMILY = "family.json"
 MODULES = "modules"
@@ -87,6 +87,8 @@ def init_family(folder: Path, base: Path) -> Family:
 def _belongs(path: Path) -> bool:
     """Small files of a checkpoint: configuration, tokenizer, template, card, licence; never weights or pickles."""
     named = path.name.lower().startswith(("license", "licence", "notice", "readme"))
+    if path.name == DIGEST:
+        return False  # somebody else's note about files is not believed
     return (
         named
         or (path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.endswith(".index.json"))
@@ -101,6 +103,17 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
 
 def module_folder(folder: Path, module: Module) -> Path:
     return Path(folder) / module.path
+
+
+def new_module_folder(folder: Path, family: Family, name: str) -> str:
+    """Where a new module's files go, relative to ``folder``; call it while ``changing`` is held.
+
+    What a process left there that died before it wrote family.json goes: no family names it.
+    """
+    assert name not in family.modules, name
+    path = f"{MODULES}/{name}"
+    shutil.rmtree(Path(folder) / path, ignore_errors=True)
+    return path
 
 
 def module_digest(folder: Path, family: Family, name: str, *, fresh: bool = False) -> str:

@@ -18,6 +18,7 @@ from heliostat.build import (
     load_modules,
     load_tokenizer,
     module_folder,
+    new_module_folder,
     read_family,
     verify_module,
     write_family,
@@ -25,10 +26,10 @@ from heliostat.build import (
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Member, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text
-from heliostat.linear.adapter import is_adapter
+from heliostat.linear.adapter import CONFIG, adapter_file, is_adapter
 from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.weights import weight_files
+from heliostat.model.weights import INDEX, weight_files
 
 FACTS = "heliostat.json"
 LICENCES = ("license", "licence", "notice")
@@ -74,10 +75,12 @@ def export_member(folder: Path, member: str, out: Path) -> Path:
 
 
 def _copy_weights(source: Path, target: Path) -> None:
-    names = ("adapter_config.json", "adapter_model.safetensors") if is_adapter(source) else None
-    files = [source / n for n in names] if names else [source / "config.json", *weight_files(source)]
-    index = source / "model.safetensors.index.json"
-    for file in [*files, *([index] if not names and index.exists() else [])]:
+    if is_adapter(source):
+        files = [source / CONFIG, adapter_file(source)]
+    else:
+        index = [source / INDEX] if (source / INDEX).exists() else []
+        files = [source / "config.json", *weight_files(source), *index]
+    for file in files:
         shutil.copy2(file, target / file.name)
 
 
@@ -90,6 +93,7 @@ def _copy_matching(source: Path, target: Path, starts: tuple[str, ...]) -> None:
 
 def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any]:
     row, entry = family.member(member).row, family.member(member)
+    tokenizer = load_tokenizer(folder, family)
     roles = {part: "own" if getattr(row, part) == own else "base" for part in row.__dataclass_fields__}
     return {
         "format_version": 1,
@@ -100,7 +104,8 @@ def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any
         "digests": {
             roles_name: family.module(name).digest for roles_name, name in (("own", own), ("base", BASE))
         },
-        "eos_ids": list(Tokenizer.load(folder / BASE).eos_ids),
+        "prompt_prefix": list(tokenizer.prefix),
+        "eos_ids": list(tokenizer.eos_ids),
         "recipe": dict(entry.recipe),
         "evaluation": dict(entry.evaluation),
     }
@@ -196,12 +201,13 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
         raise Refused(f"{source} is no folder; --from takes a checkpoint or a PEFT adapter on this disk")
     adapter = is_adapter(source)
     if not adapter:
-        _refuse_other_kin(folder, family, source)
+        _refuse_other_shape(folder, source)
+    _refuse_other_tokenizer(folder, family, source)
     with changing(folder):
         family = read_family(folder)
         family.free_name(member)
         own = own_module_name(member, family.modules)
-        path = f"modules/{own}"
+        path = new_module_folder(folder, family, own)
         with atomic_directory(folder / path) as partial:
             _copy_weights(source, partial)
         try:
@@ -218,14 +224,18 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
     return entry
 
 
-def _refuse_other_kin(folder: Path, family: Family, source: Path) -> None:
-    """A checkpoint of another shape or another tokenizer cannot join: its pages and ids would mean something else."""
+def _refuse_other_shape(folder: Path, source: Path) -> None:
+    """A checkpoint of another shape cannot join: its pages would mean something else."""
     ours, theirs = read_config(folder / BASE), read_config(source)
     for field in ours.__dataclass_fields__:
         if field != "max_length" and getattr(ours, field) != getattr(theirs, field):
             raise Refused(
                 f"{source}: {field} is {getattr(theirs, field)!r}, the family's base has {getattr(ours, field)!r}"
             )
+
+
+def _refuse_other_tokenizer(folder: Path, family: Family, source: Path) -> None:
+    """Nor can one with another tokenizer, where it brings one: its ids would mean something else."""
     if not (source / "tokenizer.json").is_file():
         return
     tokenizer, own = Tokenizer.load(source), load_tokenizer(folder, family)

@@ -10,7 +10,7 @@ import json
 import pathlib
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -50,7 +50,9 @@ def answer(row, models, prompt, *, max_tokens, eos):
     tokens, cache = list(prompt), DynamicCache()
     boundary = len(prompt) if row["first_speaker"] == row["prompt_writer"] else len(prompt) - 1
     if boundary:
-        out = models[row["prompt_writer"]](torch.tensor([tokens[:boundary]]), past_key_values=cache, use_cache=True)
+        out = models[row["prompt_writer"]](
+            torch.tensor([tokens[:boundary]]), past_key_values=cache, use_cache=True
+        )
         if boundary == len(prompt):
             tokens.append(int(out.logits[0, -1].argmax()))
     while len(tokens) - len(prompt) < max_tokens and not (len(tokens) > len(prompt) and tokens[-1] in eos):
@@ -66,7 +68,9 @@ def main():
     """Read the arguments, load the two models, print the answer."""
     facts = json.loads((HERE / "heliostat.json").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", required=not facts["alone"], help="folder of the base checkpoint this member was tuned from")
+    parser.add_argument(
+        "--base", required=not facts["alone"], help="folder of the base checkpoint this member was tuned from"
+    )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
@@ -77,14 +81,15 @@ def main():
     if "base" in facts["row"].values():
         models["base"] = AutoModelForCausalLM.from_pretrained(args.base, dtype=dtype).eval()
     adapter = (HERE / "adapter_config.json").exists()
-    tokenizer = AutoTokenizer.from_pretrained(args.base if adapter else HERE)
+    # Not AutoTokenizer: some of its classes rebuild rules that tokenizer.json has already.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.base if adapter else HERE)
     text = args.prompt
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        prompt = tokenizer(text)["input_ids"]
+        prompt = facts["prompt_prefix"] + tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = answer(facts["row"], models, prompt, max_tokens=args.max_tokens, eos=set(facts["eos_ids"]))
     shown = tokenizer.decode(ids, skip_special_tokens=True)
     print(json.dumps({"prompt_ids": prompt, "ids": ids, "text": shown}) if args.json else shown)

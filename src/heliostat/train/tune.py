@@ -24,6 +24,7 @@ from heliostat.build import (
     load_modules,
     load_tokenizer,
     module_folder,
+    new_module_folder,
     read_family,
     verify_module,
     write_family,
@@ -325,7 +326,7 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
         family = read_family(job.folder)
         family.free_name(job.recipe.member)
         own = own_module_name(job.recipe.member, family.modules)
-        path = f"modules/{own}"
+        path = new_module_folder(job.folder, family, own)
         with atomic_directory(job.folder / path) as partial:
             _save_own(job, partial)
         family = family.with_module(
