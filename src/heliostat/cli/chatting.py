@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,8 @@ def chat(
     talk.switch(member)
     talk.check_template()
     note(f"{member} listens. {COMMANDS}")
+    with suppress(ImportError):
+        importlib.import_module("readline")  # gives input() editing and a memory, where the system has it
     talk.run()
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.printing import Json
+from heliostat.cli.failing import stop
+from heliostat.cli.printing import Json, print_json
 
 
 def demo(
@@ -24,8 +25,14 @@ def demo(
 
     choose(task, TASKS, what="task")
     from heliostat.bench.demo import main
+    from heliostat.train.loop import Interrupted
 
-    if steps is None:
-        main(out=out, task=task, as_json=as_json)
-    else:
-        main(out=out, task=task, steps=steps, as_json=as_json)
+    try:
+        if steps is None:
+            results = main(out=out, task=task, as_json=as_json)
+        else:
+            results = main(out=out, task=task, steps=steps, as_json=as_json)
+    except Interrupted as error:
+        stop(f"{error}; the same command goes on from there")
+    if as_json:
+        print_json(results)
