@@ -80,6 +80,8 @@ class Engine:
         size = self.runner.models[self._runs[request.row.speaker][0]].config.vocabulary
         if not all(0 <= token < size for token in request.prompt):
             raise Refused(f"the prompt holds token ids outside [0, {size})")
+        if strange := [token for token in request.sampling.logit_bias if not 0 <= token < size]:
+            raise Refused(f"logit_bias names token ids outside [0, {size}): {strange}")
         if not all(0 <= token < size for token in request.sampling.logit_bias):
             raise Refused(f"logit_bias names token ids outside [0, {size})")
         self.scheduler.add(request)

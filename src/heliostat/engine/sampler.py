@@ -87,9 +87,11 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     chances, order = (
         (logits.double() / t["temperature"]).softmax(-1).sort(dim=-1, descending=True, stable=True)
     )
-    before = chances.cumsum(-1) - chances
     keep = torch.arange(chances.shape[1], device=logits.device) < t["top_k"]
-    keep &= (before < t["top_p"]) & (chances >= t["min_p"] * chances[:, :1])
+    keep &= chances >= t["min_p"] * chances[:, :1]
+    chances = chances * keep
+    reach = chances.cumsum(-1)
+    keep = reach - chances < t["top_p"] * reach[:, -1:]  # of what the cuts before it left
     keep[:, 0] = True
     reach = (chances * keep).cumsum(-1)
     place = torch.searchsorted(reach, t["noise"] * reach[:, -1:], right=True).clamp(max=chances.shape[1] - 1)
@@ -104,7 +106,7 @@ def _report(logits: Tensor, tokens: list[int], draws: Sequence[Draw]) -> list[Sa
     chances = logits[asked].log_softmax(-1)
     for place, row in enumerate(asked):
         count = draws[row].sampling.logprobs or 0
-        values, ids = chances[place].topk(count)
+        values, ids = chances[place].topk(min(count, chances.shape[1]))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         found[row] = Sampled(tokens[row], float(chances[place, tokens[row]]), top)
     return found
