@@ -40,7 +40,8 @@ def save(
 ) -> Path:
     """Write ``checkpoint-<step>`` under ``folder`` atomically, then drop all but the newest ``keep``."""
     target = Path(folder) / f"checkpoint-{progress.step:08}"
-    if not target.exists():
+    if not (target / STATE).is_file():
+        shutil.rmtree(target, ignore_errors=True)  # half of one, whose removal was cut short
         with atomic_directory(target) as partial:
             save_tensors({n: p.detach() for n, p in parameters.items()}, partial / PARAMETERS)
             save_tensors(_moments(parameters, optimizer), partial / OPTIMIZER)

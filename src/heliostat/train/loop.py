@@ -128,6 +128,9 @@ class Run:
         progress = Progress()
         if resume:
             progress = checkpoint.resume(self.folder, self.parameters, optimizer, identity=self.identity)
+        else:  # or the next one to go on would find them
+            for old in checkpoint.checkpoints(self.folder):
+                checkpoint.discard(old)
         with interruptible() as stopped:
             while progress.step < self.settings.steps and not stopped():
                 progress = self._advance(optimizer, progress)
@@ -222,6 +225,8 @@ def take_step(
             f"the loss became {total} at step {step + 1}: lower --learning-rate, or look at the data there"
         )
     norm = nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm or math.inf)
+    if not math.isfinite(norm):
+        raise Refused(f"the gradient became {float(norm)} at step {step + 1}: lower --learning-rate")
     rate = settings.learning_rate * rate_share(step, settings)
     for group in optimizer.param_groups:
         group["lr"] = rate
