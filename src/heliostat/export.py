@@ -24,8 +24,8 @@ from heliostat.build import (
     write_family,
 )
 from heliostat.errors import Refused
-from heliostat.family import SHARINGS, Family, Member, own_module_name
-from heliostat.files import atomic_directory, atomic_write_text
+from heliostat.family import PARTS, SHARINGS, Family, Member, Row, own_module_name
+from heliostat.files import atomic_directory, atomic_write_text, read_json
 from heliostat.linear.adapter import CONFIG, adapter_file, is_adapter
 from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
@@ -192,7 +192,8 @@ def row_is_own(row: Mapping[str, str]) -> bool:
 def import_member(folder: Path, member: str, source: Path) -> Member:
     """Take a fine-tune or a LoRA of the base into the family, served unchanged as ``independent``.
 
-    Raises Refused where the shape, the tokenizer or the format is not the family's.
+    A member that heliostat exported comes back in its own row. Raises Refused where the shape, the tokenizer, the
+    format, or the base of an exported member is not the family's.
     """
     folder, source = Path(folder), Path(source)
     family = read_family(folder)
@@ -203,6 +204,7 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
     if not adapter:
         _refuse_other_shape(folder, source)
     _refuse_other_tokenizer(folder, family, source)
+    sharing, parts = _row_of(source, family)
     with changing(folder):
         family = read_family(folder)
         family.free_name(member)
@@ -217,11 +219,24 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
         except BaseException:
             shutil.rmtree(folder / path, ignore_errors=True)
             raise
-        row = SHARINGS["independent"].instantiate(own)
+        row = Row(**{part: own if who == "own" else BASE for part, who in parts.items()})
         digests = {name: grown.module(name).digest for name in row.modules}
-        entry = Member(member, row, "independent", digests, {"imported_from": source.name})
+        entry = Member(member, row, sharing, digests, {"imported_from": source.name})
         write_family(folder, grown.with_member(entry))
     return entry
+
+
+def _row_of(source: Path, family: Family) -> tuple[str, dict[str, str]]:
+    """(sharing, who plays each part: own or base) of what is imported: ``independent`` but for exported members."""
+    if not (source / FACTS).is_file():
+        return "independent", dict.fromkeys(PARTS, "own")
+    facts = read_json(source / FACTS)
+    base, ours = facts["digests"]["base"], family.module(BASE).digest
+    if not facts["alone"] and base != ours:
+        raise Refused(
+            f"{source} is half a member, tuned with a base of digest {base[:12]}; this family's base is {ours[:12]}"
+        )
+    return str(facts["sharing"]), {part: str(facts["row"][part]) for part in PARTS}
 
 
 def _refuse_other_shape(folder: Path, source: Path) -> None:
@@ -258,9 +273,8 @@ def remove_member(folder: Path, member: str) -> list[str]:
     with changing(folder):
         family = read_family(folder)
         gone = [family.module(name).path for name in family.own_modules(member)]
-        write_family(
-            folder, family.without_member(member)
-        )  # first the table, then the files: never the other way round
+        # First the table, then the files: never the other way round.
+        write_family(folder, family.without_member(member))
     for path in gone:
         shutil.rmtree(folder / path, ignore_errors=True)
     return gone

@@ -28,6 +28,8 @@ from heliostat.tasks import TASKS
 from heliostat.train.recipe import TARGETS
 
 STEPS = 400
+ITEMS = 500
+"""Held-out prompts that are answered and graded."""
 MEMBERS = 4
 """Members of the family whose memory is counted."""
 RANK = 16
@@ -65,26 +67,44 @@ METHODS = (
 """Rates are those that `make results` found best on validation items."""
 
 
-def trials(task: str, steps: int) -> dict[str, Trial]:
+def trials(task: str, steps: int, items: int = ITEMS) -> dict[str, Trial]:
     """The demo's runs by name."""
-    options = {"task": task, "seed": 0, "steps": steps, "test_items": 500, "validation_items": 100}
+    options = {
+        "task": task,
+        "seed": 0,
+        "steps": steps,
+        "train_items": min(8_000, 32 * steps),
+        "test_items": items,
+        "validation_items": 1,
+    }
     return {
         m.name: Trial(sharing=m.sharing, tuner=m.tuner, learning_rate=m.learning_rate, **options)  # type: ignore[arg-type]
         for m in METHODS
     }
 
 
-def main(*, out: Path, task: str = "tools", steps: int = STEPS, as_json: bool = False) -> dict[str, Any]:
-    """Run the demo in ``out``; returns its results, which also lie in ``out/results.json`` and ``out/report.html``."""
+def main(
+    *,
+    out: Path,
+    task: str = "tools",
+    steps: int = STEPS,
+    as_json: bool = False,
+    items: int = ITEMS,
+    base: Path = EMBEDDED_BASE,
+) -> dict[str, Any]:
+    """Run the demo in ``out``; returns its results, which also lie in ``out/results.json`` and ``out/report.html``.
+
+    ``items``: held-out prompts that are answered and graded.
+    """
     out = Path(out)
     choose(task, TASKS, what="task")
-    if not (EMBEDDED_BASE / "model.safetensors").is_file():
-        raise Refused(f"the embedded base is missing ({EMBEDDED_BASE}); make it: make base")
+    if not (base / "model.safetensors").is_file():
+        raise Refused(f"the embedded base is missing ({base}); make it: make base")
     _refuse_other_run(out, task, steps)
-    ensure_family(out)
+    ensure_family(out, base)
     console = Console(stderr=True, quiet=as_json)
     begin, lines, found = time.perf_counter(), [], {}
-    planned = trials(task, steps)
+    planned = trials(task, steps, items)
     for line, name, result in _work(planned, out, console):
         lines.append(line)
         found[name] = result

@@ -129,7 +129,11 @@ class Tokenizer:
         return [*self.prefix, *self.encode(text)]
 
     def answer_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ids a model should say after ``prompt_ids(messages[:-1])`` to give the last message, end included.
+        """Ids a model should say to give the last message, end included (see ``turn_ids``)."""
+        return self.turn_ids(messages)[1]
+
+    def turn_ids(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+        """(``prompt_ids(messages[:-1])``, the ids a model should say behind them to give the last message).
 
         That is what the template writes of the last message behind the prompt, up to the first end token; if
         it writes none, one is appended. Where the template writes the two so differently that the prompt is
@@ -140,22 +144,23 @@ class Tokenizer:
         asked, whole = self.render(messages[:-1]), self.render(messages, generation=False)
         text = whole[len(asked) :] if whole.startswith(asked) else content
         self._check_content(content)
-        ids = self._going_on(asked, text)
+        head = self.encode(asked)
+        ids = self._going_on(asked, text, head)
         ends = [place for place, token in enumerate(ids) if token in self.eos_ids]
         if ends:
-            return ids[: ends[0] + 1]
+            return head, ids[: ends[0] + 1]
         # The line break a template puts between turns is not for the model to say.
         said = text if content != content.rstrip() else text.rstrip()
-        return [*self._going_on(asked, said), self._end()]
+        return head, [*self._going_on(asked, said, head), self._end()]
 
     def plain_answer_ids(self, prompt: str, answer: str) -> list[int]:
         """Ids that a model should say after ``plain_prompt_ids(prompt)`` to give the answer, end included."""
         self._check_content(answer)
-        return [*self._going_on(prompt, answer), self._end()]
+        return [*self._going_on(prompt, answer, self.encode(prompt)), self._end()]
 
-    def _going_on(self, before: str, text: str) -> list[int]:
-        """Ids of ``text`` where it follows ``encode(before)``: nothing may mark a beginning where none is."""
-        head, whole = self.encode(before), self.encode(before + text)
+    def _going_on(self, before: str, text: str, head: list[int]) -> list[int]:
+        """Ids of ``text`` behind ``head``, the ids of ``before``: nothing may mark a beginning where none is."""
+        whole = self.encode(before + text)
         if whole[: len(head)] == head:
             return whole[len(head) :]
         if self.spaced:
@@ -165,6 +170,9 @@ class Tokenizer:
         return self.encode(text)
 
     def _check_content(self, content: str) -> None:
+        names = [self.decode([token], skip_special=False).strip() for token in self.eos_ids]
+        if not any(name in content or UNFINISHED in name for name in names):
+            return  # cheaper than encoding every answer twice
         ends = [token for token in self.encode(content) if token in self.eos_ids]
         if ends:
             name = self.decode(ends[:1], skip_special=False)

@@ -142,8 +142,7 @@ def _asked_and_answered(turns: Sequence[Turn], tokenizer: Tokenizer) -> Iterator
     """(prompt ids, answer ids) of every answer to learn."""
     for place, turn in enumerate(turns):
         if turn.role == "assistant" and turn.learned:
-            prompt = tokenizer.prompt_ids(_messages(turns[:place]))
-            yield prompt, tokenizer.answer_ids(_messages(turns[: place + 1]))
+            yield tokenizer.turn_ids(_messages(turns[: place + 1]))
 
 
 def _merged(turns: Iterable[tuple[list[int], list[int]]]) -> Iterator[Example]:

@@ -131,6 +131,7 @@ class Run:
         else:  # or the next one to go on would find them
             for old in checkpoint.checkpoints(self.folder):
                 checkpoint.discard(old)
+        self._begin_log(progress.history)
         with interruptible() as stopped:
             while progress.step < self.settings.steps and not stopped():
                 progress = self._advance(optimizer, progress)
@@ -154,13 +155,15 @@ class Run:
         self.watch.step(record)
         if last or judged or due(step, self.settings.logging_steps):
             history = (*history, record)
-            self._log(history)
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
         progress = Progress(step, history)
         if due(step, self.settings.save_steps):
             self._save(optimizer, progress)
         return progress
 
-    def _log(self, history: Sequence[Mapping[str, Any]]) -> None:
+    def _begin_log(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """The log as of the checkpoint: what a killed run wrote after it is written again."""
         atomic_write_text(self.folder / LOG, "".join(json.dumps(record) + "\n" for record in history))
 
     def _save(self, optimizer: torch.optim.Optimizer, progress: Progress) -> None:

@@ -139,6 +139,8 @@ def _run(
             return {"loss": text_loss(model, held_out)}
 
     settings = settings_of(recipe, steps=recipe.max_steps, warmup=recipe.warmup_steps())
+    if recipe.resume_from_checkpoint is True and not checkpoint.checkpoints(folder):
+        raise Refused(f"--resume-from-checkpoint true, but {folder} holds no checkpoint")
     with watching(recipe) as watch:
         run = Run(objective, dict(model.named_parameters()), settings, folder, identity, watch, judge)
         return run.fit(resume=recipe.resume_from_checkpoint is not False).history

@@ -172,7 +172,9 @@ class Recipe(Pace):
         sharing_named(self.sharing)
         choose(self.metric, dict.fromkeys(METRICS), what="metric")
         if self.packing:
-            raise Refused("packing true: tuning groups examples by length instead; only `heliostat pretrain` packs rows")
+            raise Refused(
+                "packing true: tuning groups examples by length instead; only `heliostat pretrain` packs rows"
+            )
         if self.max_steps != -1 and self.max_steps < 1:
             raise Refused(f"max_steps is {self.max_steps}; it must be at least 1, or -1 for num_train_epochs")
         given = [name for name in _LORA_ONLY if getattr(self, name) not in ("auto", None)]
