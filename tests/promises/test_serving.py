@@ -204,7 +204,7 @@ def test_where_the_hits_are_by_name(modules: dict[str, Loaded], tokenizer: Token
     def found(one: str, two: str, *, turn: bool) -> int:
         engine = make_engine(modules, tokenizer)
         said = serve(engine, [Job(ROWS[one], prompt, room)])[0].ids
-        return serve(engine, [Job(ROWS[two], prompt + (said + (5,) if turn else (5,)))])[0].cached
+        return serve(engine, [Job(ROWS[two], (*prompt, *(said if turn else ()), 5))])[0].cached
 
     assert found("icarus-a", "icarus-la", turn=True) == 5 * PAGE  # prompt and answer, over members
     assert found("prefillshare-a", "prefillshare-la", turn=False) == 2 * PAGE  # prompts over members; the
@@ -265,7 +265,7 @@ def test_serving_runs_no_token_through_a_module_that_the_row_does_not_ask_for(
     engine, seen = make_engine(modules, tokenizer), dict.fromkeys(modules, 0)
     forward = engine.runner._forward
 
-    def counting(each):  # type: ignore[no-untyped-def]
+    def counting(each):
         for segment in each.segments:
             seen[segment.adapter or each.weights] += segment.stop - segment.start
         return forward(each)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heliostat.build import Loaded
 from heliostat.family import Row
@@ -25,7 +25,9 @@ ROW = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 
 def example(*parts: int, seed: int = 0) -> Example:
     """Lengths of question, answer, question, answer ... as a conversation of tokens by chance."""
-    chance, ids, answers = random.Random(f"{seed}{parts}"), [], []
+    chance = random.Random(f"{seed}{parts}")
+    ids: list[int] = []
+    answers: list[tuple[int, int]] = []
     for place, length in enumerate(parts):
         if place % 2:
             answers.append((len(ids), len(ids) + length))
@@ -52,9 +54,11 @@ def by_place(
     return {tuple(place): float(c) for place, c in zip(layout.where.tolist(), chances, strict=True)}
 
 
-def served(examples: Sequence[Example], row: Row, modules: dict[str, Loaded], tokenizer: Tokenizer) -> dict:
+def served(
+    examples: Sequence[Example], row: Row, modules: dict[str, Loaded], tokenizer: Tokenizer
+) -> dict[tuple[int, int], float]:
     """The same as serving says it, answer by answer, with the earlier turns as prompt."""
-    found = {}
+    found: dict[tuple[int, int], float] = {}
     for number, one in enumerate(examples):
         for start, stop in one.answers:
             engine = make_engine(modules, tokenizer)
@@ -89,7 +93,7 @@ def test_the_loss_is_the_sum_of_served_log_probabilities(
 @contextmanager
 def learning(
     modules: dict[str, Loaded], own: str, *, checkpointing: bool = False
-) -> Iterator[dict[str, Tensor]]:
+) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters of one module, with gradients on; all is as before at the end."""
     module = modules[own]
     parts = adapter_of(module.model, own) if module.adapter else {"": module.model}
@@ -168,10 +172,10 @@ def test_the_gradient_is_the_slope_of_the_loss(tiny_model: Transformer) -> None:
             with torch.no_grad():
                 for sign in (1, -2):
                     for n, p in parameters.items():
-                        p += sign * step * way[n]
+                        p.add_(sign * step * way[n])
                     losses.append(float(micro.loss()))
                 for n, p in parameters.items():
-                    p += step * way[n]
+                    p.add_(step * way[n])
         assert slope == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=5e-2, abs=0.05), row
 
 
@@ -241,7 +245,7 @@ def test_training_runs_no_token_through_a_module_that_the_row_does_not_ask_for(
     weights = {id(m.model): m.weights for m in modules.values()}
     forward = Transformer.forward
 
-    def counting(self, ids, positions, attend, route=None):  # type: ignore[no-untyped-def]
+    def counting(self, ids, positions, attend, route=None):
         ((adapter, _, _),) = route
         seen[names[weights[id(self)], adapter]] += ids.numel()
         return forward(self, ids, positions, attend, route)

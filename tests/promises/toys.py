@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def _moved(model: Transformer, seed: int) -> Transformer:
     chance = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.08 * torch.randn(parameter.shape, generator=chance)
+            parameter.add_(0.08 * torch.randn(parameter.shape, generator=chance))
     return model
 
 
@@ -177,7 +177,7 @@ class Job:
 
     row: Row
     prompt: tuple[int, ...]
-    sampling: Sampling = Sampling(max_tokens=8, ignore_eos=True, logprobs=2)
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=8, ignore_eos=True, logprobs=2))
     salt: str = ""
 
 

@@ -63,26 +63,26 @@ def real_checkpoint(
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer.save_pretrained(folder)
     return model
 
 
 def train(family: Path, data: Path, member: str, sharing: str, tuner: str) -> None:
-    recipe = Recipe(
-        family=str(family),
-        member=member,
-        sharing=sharing,
-        tuner=tuner,  # type: ignore[arg-type]
-        data=(str(data),),
-        max_steps=2,
-        learning_rate=0.01,
-        max_length=96,
-        bf16=False,
-        per_device_train_batch_size=4,
-    )
-    tune(recipe, watching=lambda job: nullcontext(Silent()))
+    facts: dict[str, Any] = {
+        "family": str(family),
+        "member": member,
+        "sharing": sharing,
+        "tuner": tuner,
+        "data": (str(data),),
+        "max_steps": 2,
+        "learning_rate": 0.01,
+        "max_length": 96,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+    }
+    tune(Recipe(**facts), watching=lambda job: nullcontext(Silent()))
 
 
 def logits_here(family: Path, module: str) -> torch.Tensor:
@@ -96,7 +96,7 @@ def logits_here(family: Path, module: str) -> torch.Tensor:
 def logits_there(folder: Path, base: Path) -> torch.Tensor:
     """Logits of an exported folder in transformers, or in PEFT."""
     adapter = (folder / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(base if adapter else folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base if adapter else folder, dtype=torch.float32)
     if adapter:
         model = PeftModel.from_pretrained(model, str(folder))
     with torch.no_grad():

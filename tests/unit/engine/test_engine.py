@@ -138,9 +138,9 @@ def test_pages_for_all_or_for_the_memory_there_is(base: Loaded) -> None:
 
 def test_the_offline_face(tiny_family: Path) -> None:
     llm = LLM(tiny_family, dtype="float32")
-    prompts = ["add 1 and 2", [{"role": "user", "content": "say hello"}], [7, 8, 9]]
+    prompts: list[Any] = ["add 1 and 2", [{"role": "user", "content": "say hello"}], [7, 8, 9]]
     members = ["math", "base", "plan"]
-    answers = llm.generate(prompts, member=members, max_tokens=5, logprobs=0)  # type: ignore[arg-type]
+    answers = llm.generate(prompts, member=members, max_tokens=5, logprobs=0)
     assert [a.member for a in answers] == members
     assert all(len(a.logprobs) == len(a.ids) for a in answers)
     assert "".join(llm.stream("add 1 and 2", member="math", max_tokens=5)) == answers[0].text
@@ -155,7 +155,7 @@ def test_the_offline_face(tiny_family: Path) -> None:
     with pytest.raises(Refused, match="1 prompts but 2 members"):
         llm.generate(["x"], member=["base", "math"])
     with pytest.raises(Refused, match="length"):
-        llm.generate(["x", [5] * 1000], max_tokens=2)  # type: ignore[list-item]
+        llm.generate(["x", [5] * 1000], max_tokens=2)
     assert llm.engine.unfinished == 0
     with pytest.raises(Refused, match="dtype 'float16'; allowed are auto, float32, bfloat16"):
         LLM(tiny_family, dtype="float16")

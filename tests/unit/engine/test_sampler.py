@@ -126,11 +126,11 @@ def test_the_batch_changes_nothing() -> None:
 
 
 def test_penalties_and_bias_move_logits_as_they_say() -> None:
-    answer, options = (4, 4, 0), {"presence_penalty": 0.5, "frequency_penalty": 0.25}
+    answer = (4, 4, 0)
     changed = LOGITS.clone()
     changed[4] -= 0.5 + 2 * 0.25
     changed[0] -= 0.5 + 0.25
-    draws = [draw(answer, seed=s, **options) for s in range(4000)]
+    draws = [draw(answer, seed=s, presence_penalty=0.5, frequency_penalty=0.25) for s in range(4000)]
     found = Counter(s.token for s in sample(LOGITS.expand(4000, -1), draws))
     assert_distributed(found, changed.softmax(-1))
     biased = LOGITS.clone()

@@ -26,7 +26,7 @@ from heliostat.model.seam import Causal
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import assemble, load_transformer, save_checkpoint, state_of
 
-CONFIGS: dict[str, type[PreTrainedConfig]] = {
+CONFIGS: dict[str, Any] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
@@ -59,7 +59,7 @@ def moved(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     chance = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.15 * torch.randn(parameter.shape, generator=chance)
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=chance))
     return model.eval()
 
 

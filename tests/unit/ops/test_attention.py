@@ -57,8 +57,8 @@ def test_gradients_are_those_of_the_plain_twin() -> None:
     fast = [some(shape, i).requires_grad_() for i, shape in enumerate(shapes)]
     plain = [t.detach().clone().requires_grad_() for t in fast]
     mask = torch.ones(5, 7, dtype=torch.bool).tril(2)
-    attention(*fast, mask).square().sum().backward()
-    plain_attention(*plain, mask).square().sum().backward()
+    attention(fast[0], fast[1], fast[2], mask).square().sum().backward()
+    plain_attention(plain[0], plain[1], plain[2], mask).square().sum().backward()
     for one, other in zip(fast, plain, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 

@@ -73,7 +73,8 @@ def test_what_queries_see_by_hand() -> None:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Example:
-    ids, answers = [], []
+    ids: list[int] = []
+    answers: list[tuple[int, int]] = []
     for _ in range(draw(st.integers(1, 3))):
         for role in range(2):
             length = draw(st.integers(1, 4))
