@@ -247,6 +247,10 @@ def _refuse_other_shape(folder: Path, source: Path) -> None:
             raise Refused(
                 f"{source}: {field} is {getattr(theirs, field)!r}, the family's base has {getattr(ours, field)!r}"
             )
+    if theirs.max_length < ours.max_length:
+        raise Refused(
+            f"{source} runs {theirs.max_length} tokens exactly, the family's base {ours.max_length}"
+        )
 
 
 def _refuse_other_tokenizer(folder: Path, family: Family, source: Path) -> None:

@@ -116,7 +116,8 @@ class LLM:
         max_running: int,
     ) -> None:
         self.rows, self.tokenizer = dict(rows), tokenizer
-        model = next(iter(modules.values())).model
+        # The pool has the widest format of all modules.
+        model = max((module.model for module in modules.values()), key=lambda m: m.dtype.itemsize)
         pages = pages_that_fit(model, max_length=max_length, max_running=max_running, cache_mib=cache_mib)
         self.engine = Engine(modules, tokenizer, max_length=max_length, pages=pages, max_running=max_running)
         self._numbers = count()

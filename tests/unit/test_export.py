@@ -240,6 +240,7 @@ def test_what_does_not_fit_the_family_is_refused_and_leaves_nothing(
 ) -> None:
     refused_import(tiny_family, tmp_path / "nowhere", "no folder")
     refused_import(tiny_family, make_checkpoint(num_hidden_layers=3), "layers is 3")
+    refused_import(tiny_family, make_checkpoint(max_position_embeddings=128), "128 tokens exactly")
     refused_import(tiny_family, make_checkpoint(rms_norm_eps=1e-3), "norm_eps is 0.001")
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     (other / "chat_template.jinja").write_text("{{ messages }}")

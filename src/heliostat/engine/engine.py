@@ -49,6 +49,9 @@ class Engine:
         """``modules`` are those that the rows of requests may name; all of one shape, on one device."""
         if not modules:
             raise Refused("an engine needs at least one module")
+        longest = min(module.model.config.max_length for module in modules.values())
+        if max_length > longest:
+            raise Refused(f"max_length is {max_length}; the model runs {longest} tokens exactly, and no more")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.runner = Runner(modules, pages=pages, page_size=page_size)
         kind = str(self.runner.pool.keys.dtype)

@@ -72,6 +72,15 @@ def test_an_engine_without_modules_is_refused(tokenizer: Tokenizer) -> None:
         Engine({}, tokenizer, max_length=8, pages=2)
 
 
+def test_more_than_the_model_runs_exactly_is_refused(
+    base: Loaded, tokenizer: Tokenizer, tiny_family: Path
+) -> None:
+    with pytest.raises(Refused, match="max_length is 257; the model runs 256"):
+        Engine({"base": base}, tokenizer, max_length=257, pages=99)
+    with pytest.raises(Refused, match="the model runs 256"):
+        LLM(tiny_family, max_length=300)
+
+
 def test_how_answers_end(engine: Engine, tokenizer: Tokenizer) -> None:
     first = ask(engine)
     whole = run(engine, first)
