@@ -14,14 +14,13 @@ import torch
 from heliostat.build import (
     Loaded,
     best_dtype,
-    config_of,
     load_modules,
     load_tokenizer,
     modules_of,
     read_family,
     verify_member,
 )
-from heliostat.engine.engine import Engine, Piece, pages_that_fit
+from heliostat.engine.engine import Engine, Piece, longest_that_fits, pages_that_fit
 from heliostat.engine.request import FinishReason, Request, Sampling
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
@@ -67,6 +66,8 @@ class LLM:
     ) -> None:
         """``dtype``: auto, float32 or bfloat16; ``cache_mib``: most memory for K,V pages.
 
+        ``max_length``: most tokens of a request; None: the model's length, or what ``cache_mib`` holds if less.
+
         Raises Refused for a family that is missing, damaged or changed since its members were tuned.
         """
         folder = Path(folder)
@@ -78,15 +79,8 @@ class LLM:
         kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
         modules = load_modules(folder, self.family, modules_of(self.family, names), dtype=kind, device=device)
         rows = {name: self.family.row(name) for name in names}
-        config = config_of(folder, self.family)
-        self._start(
-            modules,
-            rows,
-            load_tokenizer(folder, self.family),
-            max_length or config.max_length,
-            cache_mib,
-            max_running,
-        )
+        tokenizer = load_tokenizer(folder, self.family)
+        self._start(modules, rows, tokenizer, max_length, cache_mib, max_running)
 
     @classmethod
     def of(
@@ -102,8 +96,7 @@ class LLM:
         """An LLM around modules that are in memory already, as in training; ``rows`` are the members it knows."""
         self = cls.__new__(cls)
         self.family = Family({}, {}, tokenizer.digest)
-        longest = next(iter(modules.values())).model.config.max_length
-        self._start(modules, rows, tokenizer, max_length or longest, cache_mib, max_running)
+        self._start(modules, rows, tokenizer, max_length, cache_mib, max_running)
         return self
 
     def _start(
@@ -111,13 +104,16 @@ class LLM:
         modules: Mapping[str, Loaded],
         rows: Mapping[str, Row],
         tokenizer: Tokenizer,
-        max_length: int,
+        max_length: int | None,
         cache_mib: int,
         max_running: int,
     ) -> None:
         self.rows, self.tokenizer = dict(rows), tokenizer
         # The pool has the widest format of all modules.
         model = max((module.model for module in modules.values()), key=lambda m: m.dtype.itemsize)
+        if max_length is None:
+            longest = min(module.model.config.max_length for module in modules.values())
+            max_length = min(longest, longest_that_fits(model, cache_mib=cache_mib))
         pages = pages_that_fit(model, max_length=max_length, max_running=max_running, cache_mib=cache_mib)
         self.engine = Engine(modules, tokenizer, max_length=max_length, pages=pages, max_running=max_running)
         self._numbers = count()
@@ -128,10 +124,12 @@ class LLM:
             if not self.tokenizer.has_template:
                 return tuple(self.tokenizer.plain_prompt_ids(prompt))
             return tuple(self.tokenizer.prompt_ids([{"role": "user", "content": prompt}]))
+        if not isinstance(prompt, Sequence):
+            raise Refused(f"a prompt is a text, messages or token ids, not {type(prompt).__name__}")
         ids = [token for token in prompt if isinstance(token, int)]
         messages = [message for message in prompt if isinstance(message, Mapping)]
-        if ids and messages:
-            raise Refused("a prompt is either token ids or messages, not both")
+        if len(prompt) not in (len(ids), len(messages)) or not prompt:
+            raise Refused("a prompt is a text, or all messages, or all token ids (int), and not empty")
         return tuple(ids) if ids else tuple(self.tokenizer.prompt_ids(messages))
 
     def generate(
@@ -181,6 +179,8 @@ class LLM:
         )
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        if self.engine.unfinished:
+            raise Refused("another answer is still being streamed: read it to its end or close it first")
         try:
             for request in requests:
                 self.engine.add(request)

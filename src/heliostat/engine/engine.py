@@ -85,8 +85,6 @@ class Engine:
             raise Refused(f"the prompt holds token ids outside [0, {size})")
         if strange := [token for token in request.sampling.logit_bias if not 0 <= token < size]:
             raise Refused(f"logit_bias names token ids outside [0, {size}): {strange}")
-        if not all(0 <= token < size for token in request.sampling.logit_bias):
-            raise Refused(f"logit_bias names token ids outside [0, {size})")
         self.scheduler.add(request)
         self._spoken[request.id] = Spoken.begin(self.tokenizer, request.sampling.stop)
 
@@ -122,6 +120,12 @@ class Engine:
             reason: FinishReason | None = "stop" if spoken.stopped else request.finish_reason
             request.finish_reason = reason
         return Piece(request, text, sampled, request.finish_reason)
+
+
+def longest_that_fits(model: Transformer, *, cache_mib: int) -> int:
+    """Tokens of the longest request whose pages ``cache_mib`` holds, at least one page's."""
+    each = PagePool.bytes_per_page(model.config, page_size=PAGE_SIZE, dtype=model.dtype)
+    return max(1, cache_mib * 2**20 // each) * PAGE_SIZE
 
 
 def pages_that_fit(model: Transformer, *, max_length: int, max_running: int, cache_mib: int) -> int:

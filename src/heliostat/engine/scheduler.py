@@ -92,8 +92,8 @@ class Scheduler:
         prompt, table = len(request.prompt), self.table
         if prompt >= self.max_length:
             raise Refused(
-                f"the prompt has {prompt} tokens and the model's length is {self.max_length}: "
-                f"a prompt of at most {self.max_length - 1} leaves room for an answer"
+                f"the prompt has {prompt} tokens and the longest request here has {self.max_length}, as the model or "
+                f"cache_mib allows: a prompt of at most {self.max_length - 1} leaves room for an answer"
             )
         total = min(prompt + request.sampling.max_tokens, self.max_length)
         pages = table.pages_for(total - 1)  # the last token is not read again, so it is never written

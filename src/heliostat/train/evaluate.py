@@ -60,8 +60,8 @@ def evaluate_records(llm: LLM, member: str, records: Sequence[Record], *, metric
     """The same for records already read."""
     longest = llm.engine.max_length
     prompts = [question_ids(record, llm.tokenizer, max_length=longest - 1) for record in records]
-    room = min(LONGEST_ANSWER, longest - max(map(len, prompts)))
-    answers = llm.generate(prompts, member=member, max_tokens=max(1, room))
+    # The engine ends an answer at its own request's length: a long prompt takes no room from the others.
+    answers = llm.generate(prompts, member=member, max_tokens=LONGEST_ANSWER)
     graded = [
         Graded(r.question[-1].content, a.text, r.answer or "", grade(metric, a.text, r.answer or ""))
         for r, a in zip(records, answers, strict=True)

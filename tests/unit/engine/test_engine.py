@@ -1,5 +1,7 @@
 """The engine of one process: what it refuses, how answers end, and that nothing leaks."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from heliostat.build import Loaded
-from heliostat.engine.engine import PAGE_SIZE, Engine, pages_that_fit
+from heliostat.engine.engine import PAGE_SIZE, Engine, longest_that_fits, pages_that_fit
 from heliostat.engine.request import Request, Sampling
 from heliostat.errors import Refused
 from heliostat.family import Row
@@ -57,7 +59,7 @@ def run(engine: Engine, request: Request) -> str:
         ({"prompt": (-1,)}, r"outside \[0, 300\)"),
         ({"logit_bias": {300: 1.0}}, r"logit_bias.*\[300\]"),
         ({"logit_bias": {-1: 1.0}}, r"logit_bias.*\[-1\]"),
-        ({"prompt": tuple(range(5, 69))}, "the model's length is 64"),
+        ({"prompt": tuple(range(5, 69))}, "the longest request here has 64"),
     ],
 )
 def test_what_can_never_run_is_refused_at_the_door(change: dict, message: str, engine: Engine) -> None:
@@ -163,10 +165,34 @@ def test_the_offline_face(tiny_family: Path) -> None:
         llm.generate("x", member="nobody")
     with pytest.raises(Refused, match="1 prompts but 2 members"):
         llm.generate(["x"], member=["base", "math"])
-    with pytest.raises(Refused, match="length"):
+    with pytest.raises(Refused, match="longest request here has 256"):
         llm.generate(["x", [5] * 1000], max_tokens=2)
     assert llm.engine.unfinished == 0
     with pytest.raises(Refused, match="dtype 'float16'; allowed are auto, float32, bfloat16"):
         LLM(tiny_family, dtype="float16")
     with pytest.raises(Refused, match="heliostat init"):
         LLM(tiny_family / "nowhere")
+
+
+def test_a_family_whose_texts_are_longer_than_the_memory_for_pages_answers_shorter_ones(
+    base: Loaded, tokenizer: Tokenizer
+) -> None:
+    each = PAGE_SIZE * 2 * 2 * 2 * 8 * 4
+    assert longest_that_fits(base.model, cache_mib=1) == 2**20 // each * PAGE_SIZE
+    long = copy.copy(base.model)
+    long.config = dataclasses.replace(base.model.config, max_length=2**20)
+    llm = LLM.of({"base": dataclasses.replace(base, model=long)}, {}, tokenizer, cache_mib=1)
+    assert llm.engine.max_length == longest_that_fits(base.model, cache_mib=1)
+
+
+def test_what_is_no_prompt_and_a_second_answer_at_once_are_refused(tiny_family: Path) -> None:
+    llm = LLM(tiny_family, members=["base"], dtype="float32")
+    for prompt in ([[1, {"role": "user", "content": "x"}]], [[1, 2.5]], [[]], [None]):
+        with pytest.raises(Refused, match="a prompt is a text"):
+            llm.generate(prompt)  # type: ignore[arg-type]
+    stream = llm.stream("add 1 and 2", max_tokens=5, ignore_eos=True)
+    next(stream)
+    with pytest.raises(Refused, match="still being streamed"):
+        llm.generate("x")
+    rest = list(stream)
+    assert rest and llm.generate("x", max_tokens=1)

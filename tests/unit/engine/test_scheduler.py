@@ -132,7 +132,7 @@ def test_commit_returns_what_it_finished():
 
 def test_too_long_is_refused_with_the_numbers():
     s = scheduler(pages=3, max_length=14)
-    with pytest.raises(Refused, match="prompt has 14 tokens and the model's length is 14.*at most 13"):
+    with pytest.raises(Refused, match="prompt has 14 tokens and the longest request here has 14.*at most 13"):
         s.add(request("a", 14))
     with pytest.raises(
         Refused, match="6 prompt tokens and an answer of up to 8 need 4 pages of 4; the pool has 3"
