@@ -180,7 +180,11 @@ def test_recomputation_and_bfloat16_learn_the_same(
 ) -> None:
     """Recomputed activations: the same curve. bfloat16: the same within 2 % at every step, and a whole member."""
     curves = {}
-    for name, options in {"plain": {}, "again": {"gradient_checkpointing": True}, "bf16": {"bf16": True}}.items():
+    for name, options in {
+        "plain": {},
+        "again": {"gradient_checkpointing": True},
+        "bf16": {"bf16": True},
+    }.items():
         folder = Path(shutil.copytree(bare_family, tmp_path / name))
         both = {**options, "logging_steps": 1, "learning_rate": 0.002}
         with tuned(recipe_of(folder, tiny_data, sharing, tuner, **both)):

@@ -40,6 +40,7 @@ def _rows() -> dict[str, Row]:
         "three-lora": Row("la", "lb", "base", "la"),
         "writer-speaks": Row("a", "lb", "a", "a"),
         "late-speaker": Row("base", "base", "b", "base"),
+        "base-speaks": Row("a", "a", "base", "base"),  # where icarus-a has a speak for base
     }
 
 
