@@ -132,14 +132,6 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
         "tags: [heliostat]",
         "---",
     ]
-    whole = (
-        "A whole model: it answers by itself."
-        if row_is_own(row)
-        else (
-            "**Half a member.** Run alone, these weights do not answer as the member does: "
-            "the base plays the other parts of its row."
-        )
-    )
     shared = SHARINGS[sharing].shared if sharing in SHARINGS else "as its row says"
     table = "\n".join(
         f"| {part} | {'this folder' if who == 'own' else 'the base'} |" for part, who in row.items()
@@ -158,7 +150,7 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
             *head,
             f"# {member}",
             "",
-            f"A member of a heliostat family, sharing `{sharing}` (shared when serving: {shared}). {whole}",
+            f"A member of a heliostat family, sharing `{sharing}` (shared when serving: {shared}). {_standing(facts)}",
             "",
             "| part | played by |",
             "|---|---|",
@@ -181,6 +173,18 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
             licence_line,
             "",
         ]
+    )
+
+
+def _standing(facts: Mapping[str, Any]) -> str:
+    """Whether what is exported answers by itself."""
+    if facts["alone"]:
+        return "A whole model: it answers by itself."
+    if row_is_own(facts["row"]):
+        return "An adapter: it answers on the base's weights."
+    return (
+        "**Half a member.** Run alone, these weights do not answer as the member does: "
+        "the base plays the other parts of its row."
     )
 
 
@@ -230,13 +234,19 @@ def _row_of(source: Path, family: Family) -> tuple[str, dict[str, str]]:
     """(sharing, who plays each part: own or base) of what is imported: ``independent`` but for exported members."""
     if not (source / FACTS).is_file():
         return "independent", dict.fromkeys(PARTS, "own")
-    facts = read_json(source / FACTS)
-    base, ours = facts["digests"]["base"], family.module(BASE).digest
-    if not facts["alone"] and base != ours:
+    facts, ours = read_json(source / FACTS), family.module(BASE).digest
+    try:
+        base, alone, sharing = str(facts["digests"]["base"]), facts["alone"], str(facts["sharing"])
+        row = {part: str(facts["row"][part]) for part in PARTS}
+    except (KeyError, TypeError) as error:
         raise Refused(
-            f"{source} is half a member, tuned with a base of digest {base[:12]}; this family's base is {ours[:12]}"
+            f"{source / FACTS} is damaged: {error}; without it the rest is a plain model"
+        ) from error
+    if not alone and base != ours:
+        raise Refused(
+            f"{source} was tuned with a base of digest {base[:12]}; this family's base is {ours[:12]}"
         )
-    return str(facts["sharing"]), {part: str(facts["row"][part]) for part in PARTS}
+    return sharing, row
 
 
 def _refuse_other_shape(folder: Path, source: Path) -> None:

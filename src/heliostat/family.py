@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from heliostat.errors import Refused
@@ -84,6 +85,7 @@ class Sharing:
     choose_when: str
     price: str
     targets: str = "all"  # which Linears an adapter of this sharing tunes: all, or those that write no K,V
+    tuner: str = "full"  # how its members are tuned where nobody says otherwise
 
     def instantiate(self, own: str, others: Mapping[str, str] | None = None) -> Row:
         """Row with ``own`` replaced by a module name; ``others`` renames frozen parts (``speaker`` -> ``base-2bit``)."""
@@ -128,6 +130,7 @@ SHARINGS: dict[str, Sharing] = {
         choose_when="agents continue each other's answers, memory is short",
         price="two rows for every answer token",
         targets="query_side",
+        tuner="lora",
     ),
 }
 
@@ -160,6 +163,12 @@ class Module:
     quantization: str | None = None
     parameters: int = 0
     """Parameters that are this module's own (an adapter counts only itself)."""
+
+    def __post_init__(self) -> None:
+        # `member rm` removes this folder, whoever wrote family.json.
+        parts = PurePosixPath(self.path).parts
+        if not parts or ".." in parts or self.path.startswith("/"):
+            raise Refused(f"module {self.name!r} lies in {self.path!r}, which is no folder inside the family")
 
     @property
     def weights(self) -> str:

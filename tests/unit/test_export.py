@@ -297,3 +297,22 @@ def test_names_and_removal(tiny_family: Path, tiny_base: Path) -> None:
         remove_member(tiny_family, "sums")
     import_member(tiny_family, "math", tiny_base)
     assert read_family(tiny_family).member("math").row.alone
+
+
+@pytest.mark.parametrize("path", ["", ".", "/tmp", "../other", "modules/../.."])
+def test_a_module_outside_the_family_is_refused_and_nothing_is_removed(tiny_family: Path, path: str) -> None:
+    facts = json.loads((tiny_family / "family.json").read_text())
+    facts["modules"]["math.own"]["path"] = path
+    (tiny_family / "family.json").write_text(json.dumps(facts))
+    before = sorted(tiny_family.rglob("*"))
+    with pytest.raises(Refused, match="no folder inside the family"):
+        remove_member(tiny_family, "math")
+    assert sorted(p for p in tiny_family.rglob("*") if p.name != "family.json.lock") == [
+        p for p in before if p.name != "family.json.lock"
+    ]
+
+
+def test_damaged_facts_beside_an_exported_member_are_refused(tiny_family: Path, tmp_path: Path) -> None:
+    out = export_member(tiny_family, "plan", tmp_path / "out")
+    (out / "heliostat.json").write_text('{"digests": {}}')
+    refused_import(tiny_family, out, "heliostat.json is damaged: 'base'")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -202,10 +202,10 @@ def _samples(recipe: Recipe, llm: Any) -> list[dict[str, str]]:
     from heliostat.train.data import question_ids
     from heliostat.train.tune import first_prompts
 
-    records = [record for record in first_prompts(recipe, SAMPLES) if record.turns]
-    longest = llm.engine.max_length
-    prompts = [question_ids(record, llm.tokenizer, max_length=longest) for record in records]
-    kept = [(r, p) for r, p in zip(records, prompts, strict=True) if len(p) < longest]
+    kept = []
+    for record in (record for record in first_prompts(recipe, SAMPLES) if record.turns):
+        with suppress(Refused):  # a line that training left out, too
+            kept.append((record, question_ids(record, llm.tokenizer, max_length=llm.engine.max_length - 1)))
     asked = [p for _, p in kept]
     answers = llm.generate(
         asked * 2, member=[BASE] * len(asked) + [recipe.member] * len(asked), max_tokens=128

@@ -33,7 +33,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in order; refuses pickles and missing shards by name."""
     folder = Path(folder)
     if (folder / INDEX).exists():
-        listed = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+        listed = _listed(folder / INDEX)
         missing = [name for name in listed if not (folder / name).is_file()]
         if missing or not listed:
             raise Refused(
@@ -49,6 +49,16 @@ def weight_files(folder: Path) -> list[Path]:
             "save the model as safetensors first: transformers' save_pretrained does"
         )
     raise Refused(f"{folder} has no {SINGLE} and no {INDEX}")
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index names, each once; names of other folders are refused."""
+    named = read_json(index).get("weight_map")
+    names = list(named.values()) if isinstance(named, dict) else []
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name:
+            raise Refused(f"{index} is damaged: {name!r} is no name of a file beside it")
+    return sorted(set(names))
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -137,8 +137,8 @@ class Recipe(Pace):
     """Held-out data of the same kinds, for evaluation during the run and at its end."""
     teacher: str | None = None
     """Member or module whose answers are learned, not the data's; the data may then be prompts alone."""
-    tuner: Tuner = "full"
-    """full: all weights of the member's own module; lora: a low-rank adapter."""
+    tuner: Tuner | Auto = "auto"
+    """full: all weights of the member's own module; lora: a low-rank adapter; auto: lora for icarus, else full."""
     r: Count | Auto | None = "auto"
     """Rank of the adapter (tuner lora); auto: by sharing, and no more than fits the model's width."""
     lora_alpha: Positive | Auto | None = "auto"
@@ -166,6 +166,15 @@ class Recipe(Pace):
     skip_bad: bool = False
     """Leave out lines that cannot be read, and count them, instead of refusing the run."""
     metric: str = Field(METRICS[0], description=f"How answers to eval_data are graded: {', '.join(METRICS)}.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_tuner(cls, values: Any) -> Any:
+        """The sharing says what `auto` is at once: which other arguments make sense hangs on it."""
+        sharing = SHARINGS.get(str(values.get("sharing")))
+        if sharing is None or values.get("tuner", "auto") != "auto":
+            return values
+        return {**values, "tuner": sharing.tuner}
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
@@ -221,6 +230,7 @@ _LORA_ONLY = ("r", "lora_alpha", "target_modules")
 class Settled(Recipe):
     """A recipe without `auto`, as `resolve` makes it and as it is written beside the result."""
 
+    tuner: Tuner
     bf16: bool
     r: Count | None
     lora_alpha: Positive | None

@@ -210,6 +210,7 @@ def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
         "digests": {
             name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)
         },
+        **({"teacher_digest": job.teacher.digest} if job.teacher is not None else {}),
     }
     judge = None
     if job.held_out:

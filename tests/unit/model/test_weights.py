@@ -58,6 +58,13 @@ def test_shards_are_one_checkpoint(folder: Path, tmp_path: Path, monkeypatch: py
         load(tmp_path / "parts")
 
 
+@pytest.mark.parametrize("named", ["../other/model.safetensors", "/tmp/x.safetensors", 7, ["x"], ""])
+def test_an_index_names_files_beside_it(folder: Path, named: object) -> None:
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": named}}))
+    with pytest.raises(Refused, match=r"is damaged: .* is no name of a file beside it"):
+        weight_files(folder)
+
+
 def test_a_damaged_file_is_named(folder: Path) -> None:
     path = folder / weights.SINGLE
     data = path.read_bytes()

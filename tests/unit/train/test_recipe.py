@@ -70,7 +70,10 @@ class TestArguments:
                 {"sharing": "prefilshare"},
                 r"no sharing 'prefilshare' \(did you mean 'prefillshare'\?\); there is: ",
             ),
-            ({"tuner": "lorra"}, r"tuner is 'lorra'; it must be 'full' or 'lora' \(did you mean 'lora'\?\)"),
+            (
+                {"tuner": "lorra"},
+                r"tuner is 'lorra'; it must be 'full' or 'lora', or 'auto' \(did you mean 'lora'\?\)",
+            ),
             ({"lr_scheduler_type": "cosin"}, r"'warmup_stable_decay', or 'auto' \(did you mean 'cosine'\?\)"),
             ({"metric": "exakt"}, r"no metric 'exakt' \(did you mean 'exact'\?\)"),
             ({"learning_rte": 1}, r"no argument 'learning_rte' \(did you mean 'learning_rate'\?\)"),
@@ -148,7 +151,16 @@ class TestResolve:
     def test_a_sharing_without_a_line_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SHARINGS, "new", SHARINGS["icarus"])
         settled = recipe(sharing="new").resolve(bf16=False, hidden_size=64)
-        assert settled.learning_rate == DEFAULTS[ANY, "full"].learning_rate
+        assert settled.learning_rate == DEFAULTS[ANY, "lora"].learning_rate
+
+    def test_the_tuner_is_the_sharing_s(self) -> None:
+        assert [recipe(sharing=name).tuner for name in ("sun", "prefillshare", "icarus")] == [
+            "full",
+            "full",
+            "lora",
+        ]
+        assert recipe(sharing="icarus", tuner="full").tuner == "full"
+        assert recipe(sharing="icarus", r=8).resolve(bf16=False, hidden_size=64).r == 8
 
 
 class TestYaml:
