@@ -155,6 +155,12 @@ def test_the_own_half_moves_and_the_base_does_not(
         if "base" in job.modules:
             for name, tensor in state_of(job.modules["base"].model).items():
                 assert torch.equal(tensor, before[name]), name
+        used = set() if sharing != "icarus" else {"k_proj", "v_proj"}
+        assert not any(part in name for name in job.parameters for part in used)
+        assert all(p.requires_grad for p in job.parameters.values())
+        trained = {id(p) for p in job.parameters.values()}
+        for module in job.modules.values():  # and nothing else asks for a gradient
+            assert not any(p.requires_grad for p in module.model.parameters() if id(p) not in trained)
     assert {p.name: p.read_bytes() for p in (bare_family / "base").iterdir()} == files
     family = read_family(bare_family)
     own = dict(read_tensors([next((bare_family / family.module("m.own").path).glob("*.safetensors"))]))

@@ -14,7 +14,7 @@ from heliostat.build import Loaded
 from heliostat.family import Row
 from heliostat.linear.lora import adapter_of
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.transformer import Transformer
+from heliostat.model.transformer import Block, Transformer
 from heliostat.train.data import Example
 from heliostat.train.objective import MemberMicro
 from heliostat.train.sharing import _prompt_pass, lay_out, log_probabilities, speak
@@ -137,6 +137,23 @@ def test_recomputing_activations_changes_neither_loss_nor_gradients(
         assert (gradient is None) == (again[1][name] is None), name
         if gradient is not None:
             torch.testing.assert_close(again[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_activations_are_really_computed_again(
+    modules: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    forward = Block.forward
+
+    def counting(self, *arguments):
+        calls["blocks"] += 1
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Block, "forward", counting)
+    for again, count in ((False, 4), (True, 8)):
+        calls.clear()
+        gradients(EXAMPLES["one turn"], ROWS["sun-a"], modules, "a", again=again)
+        assert calls["blocks"] == count
 
 
 @ROW

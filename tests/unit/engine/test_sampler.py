@@ -109,6 +109,13 @@ def test_noise_is_a_function_of_seed_choice_and_place() -> None:
     assert abs(sum(numbers) / 1000 - 0.5) < 0.03
 
 
+def test_every_place_of_an_answer_has_noise_of_its_own() -> None:
+    flat = torch.zeros(V)
+    for options in ({"seed": 3}, {"choice": 3}):
+        draws = [draw((0,) * place, **options) for place in range(4000)]
+        assert_distributed(Counter(s.token for s in sample(flat.expand(4000, -1), draws)), flat.softmax(-1))
+
+
 def test_the_batch_changes_nothing() -> None:
     logits = torch.randn(30, V, generator=torch.Generator().manual_seed(0))
     draws = [
