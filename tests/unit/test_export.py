@@ -264,6 +264,10 @@ def test_adapters_that_do_not_fit_are_refused_too(tiny_family: Path, tmp_path: P
     facts = json.loads((strange / "adapter_config.json").read_text())
     (strange / "adapter_config.json").write_text(json.dumps(facts | {"use_dora": True}))
     refused_import(tiny_family, strange, "use_dora")
+    for number, pattern in enumerate(({"(": 1}, ["q_proj"], {"q_proj": "x"})):
+        odd = Path(shutil.copytree(plan, tmp_path / f"odd-{number}"))
+        (odd / "adapter_config.json").write_text(json.dumps(facts | {"alpha_pattern": pattern}))
+        refused_import(tiny_family, odd, "alpha_pattern must map patterns to numbers")
     speaking = Path(shutil.copytree(plan, tmp_path / "speaking"))
     for file in (tiny_family / "base").glob("tokenizer*"):
         shutil.copy(file, speaking / file.name)

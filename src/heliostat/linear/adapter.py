@@ -53,8 +53,14 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(r := config.get("r"), int) or r < 1:
         raise Refused(f"{folder}: r must be a positive whole number, it is {r!r}")
-    if not isinstance(alpha := config.get("lora_alpha") or 8, (int, float)):
+    alpha = 8 if config.get("lora_alpha") is None else config["lora_alpha"]
+    if not isinstance(alpha, (int, float)):
         raise Refused(f"{folder}: lora_alpha must be a number, it is {alpha!r}")
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            re.compile(pattern), float(value)
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise Refused(f"{folder}: alpha_pattern must map patterns to numbers: {error}") from error
     keys = ("r", "use_rslora", "rank_pattern", "alpha_pattern")
     facts = {key: config[key] for key in keys if config.get(key)}
     return facts | {"lora_alpha": float(alpha)}  # 16 and 16.0 are one adapter, so one digest

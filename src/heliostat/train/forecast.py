@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from heliostat.build import BASE, best_dtype, config_of, load_tokenizer, read_family
+from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Row
 from heliostat.files import readable_size
 from heliostat.linear.lora import add_adapter, whole
@@ -97,6 +98,11 @@ def forecast(recipe: Recipe) -> Forecast:
     """Numbers for a recipe on this machine. Raises Refused for what the run itself would refuse in recipe or data."""
     folder = Path(recipe.family)
     family = read_family(folder)
+    family.free_name(recipe.member)
+    if recipe.teacher is not None:
+        raise Refused(
+            "--dry-run counts the answers' tokens, and a teacher's answers are not known before the run"
+        )
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
     settled = recipe.resolve(bf16=best_dtype() is torch.bfloat16, hidden_size=config.width)
     options = {"max_length": min(settled.max_length, config.max_length), "skip_bad": settled.skip_bad}
