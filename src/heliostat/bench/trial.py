@@ -90,15 +90,13 @@ def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
 
 def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
     """Accuracy on the validation and test sets of a trial's task, under any row over the family's modules."""
-    import torch
-
-    from heliostat.build import load_tokenizer
+    from heliostat.build import best_dtype, load_tokenizer
     from heliostat.llm import LLM
     from heliostat.train.evaluate import evaluate
 
     family_folder, files = folder / "family", write_data(trial, folder)
     family = read_family(family_folder)
-    modules = load_modules(family_folder, family, row.modules, dtype=torch.float32)
+    modules = load_modules(family_folder, family, row.modules, dtype=best_dtype())
     llm = LLM.of(modules, {"judged": row}, load_tokenizer(family_folder, family), max_running=128)
     metric = TASKS[trial.task].metric
     found = {part: evaluate(llm, "judged", files[part], metric=metric) for part in ("validation", "test")}

@@ -13,8 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; ``mask`` bool, True = visible, broadcast to [B, H, T, S]."""
     dtype = q.dtype
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        # torch's fused backward on a CPU is 3-5 times slower in bfloat16 than in float32 at training's lengths.
+    if q.device.type == "cpu":
+        # torch's fused kernel on a CPU (2.13, avx512_bf16) is slower in bfloat16 than in float32: a little in long
+        # forwards, 3-5 times in backwards and in decode steps of few queries. Copying to float32 costs less.
         with torch.autocast("cpu", enabled=False):
             return _fused(q.float(), k.float(), v.float(), mask, causal).to(dtype)
     return _fused(q, k.to(dtype), v.to(dtype), mask, causal)
@@ -65,9 +66,9 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[Pa
     """
     out = torch.empty_like(q)
     for group in groups:
-        count = group.pages.shape[0]
-        k = keys[group.pages].view(count, -1, *keys.shape[2:])  # [G, N*S, K, D]
-        v = values[group.pages].view(count, -1, *values.shape[2:])
+        count, pages = group.pages.shape[0], group.pages.flatten()
+        k = keys.index_select(0, pages).view(count, -1, *keys.shape[2:])  # [G, N*S, K, D]
+        v = values.index_select(0, pages).view(count, -1, *values.shape[2:])
         mask = torch.arange(k.shape[1], device=q.device) < group.visible[..., None]  # [G, R, N*S]
         out[group.rows] = attention(q[group.rows], k, v, mask[:, None])
     return out
