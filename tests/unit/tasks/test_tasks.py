@@ -122,4 +122,4 @@ def test_the_items_are_these_forever() -> None:
     """Published results hang on the items: whoever changes a generator changes this digest, knowingly."""
     items = [(task.name, task.train(0, 200), task.test(0, 200)) for task in TASKS.values()]
     digest = hashlib.sha256(json.dumps(items, sort_keys=True).encode()).hexdigest()
-    assert digest[:16] == "fb22e20dbb79a97f"
+    assert digest[:16] == "c6ce4778605facf9"
