@@ -138,7 +138,7 @@ def base_alone(trial: Trial, folder: Path) -> dict[str, Any]:
 def write_data(trial: Trial, folder: Path) -> Mapping[str, Path]:
     """The task's train, validation and test files. Test items are the same for every seed; none is in training."""
     task, kept_apart = TASKS[trial.task], trial.test_items
-    held_out = task.test(0, trial.test_items + trial.validation_items)
+    held_out = task.test(7, trial.test_items + trial.validation_items)
     sets = {
         "train": (
             f"train-{trial.train_items}-s{trial.seed}",
