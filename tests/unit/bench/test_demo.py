@@ -15,7 +15,9 @@ def done(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return out, demo.main(out=out, task="tools", steps=2, as_json=True, items=3, base=tiny_base)
 
 
-def test_there_is_a_line_for_the_base_every_method_and_both_controls(done: tuple[Path, dict[str, object]]) -> None:
+def test_there_is_a_line_for_the_base_every_method_and_both_controls(
+    done: tuple[Path, dict[str, object]],
+) -> None:
     names = [line["name"] for line in done[1]["lines"]]  # type: ignore[attr-defined]
     assert names[0] == "base, untuned" and [m.name for m in demo.METHODS] == names[1:6]
     assert sum(name.startswith("control") for name in names) == 2

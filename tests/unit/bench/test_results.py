@@ -41,7 +41,13 @@ def test_the_best_rate_is_chosen_on_validation_items_alone(tmp_path: Path) -> No
 
 
 def test_the_page_tells_numbers_intervals_and_where_they_come_from(tmp_path: Path) -> None:
-    row = {"seeds": [0.5, 0.7], "points": -1.5, "interval": [-3.0, 0.2], "against": "LoRA", "learning_rate": 0.001}
+    row = {
+        "seeds": [0.5, 0.7],
+        "points": -1.5,
+        "interval": [-3.0, 0.2],
+        "against": "LoRA",
+        "learning_rate": 0.001,
+    }
     table = {"tools": {"base, untuned": {"seeds": [0.1]}, "ICaRus": row | {"history": [[1, 2.0], [2, 1.0]]}}}
     page = results.write(tmp_path, table, certificate("the command", steps=10)).read_text(encoding="utf-8")
     assert "| ICaRus | 60.0% | 50.0, 70.0 | -1.5 [-3.0, +0.2] against LoRA | 0.001 |" in page

@@ -3,12 +3,14 @@
 import itertools
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 from tokenizers import Tokenizer
 
 from heliostat.tasks import TASKS
 from heliostat.tasks.corpus import MIXTURE, documents, rendered
+from heliostat.tasks.lessons import Document
 from heliostat.tasks.tools import TOOLS
 
 
@@ -18,7 +20,7 @@ def test_the_same_seed_gives_the_same_documents_and_a_longer_stream_only_adds() 
 
 
 @pytest.mark.parametrize("lesson", MIXTURE, ids=lambda lesson: lesson.__name__)
-def test_every_lesson_is_varied_and_well_formed(lesson) -> None:
+def test_every_lesson_is_varied_and_well_formed(lesson: Callable[[random.Random], Document]) -> None:
     rng = random.Random(lesson.__name__)
     made = [lesson(rng) for _ in range(300)]
     assert len({rendered(document) for document in made}) > 150

@@ -97,11 +97,11 @@ def test_every_worked_answer_is_true_step_by_step() -> None:
 
 
 def test_known_edits() -> None:
-    known = {}
+    known: dict[str, tuple[list[str], list[str]]] = {}
     for item in TASKS["edit"].train(0, 3000):
-        asked, _, text = item["prompt"].rpartition(": ")
+        asked, _, sentence = item["prompt"].rpartition(": ")
         if " and then " not in asked:
-            known.setdefault(asked, (text.split(), item["completion"].split()))
+            known.setdefault(asked, (sentence.split(), item["completion"].split()))
     text, edited = known["put the words in reverse order"]
     assert edited == text[::-1]
     text, edited = known["move the first word to the end"]

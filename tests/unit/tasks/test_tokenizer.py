@@ -66,8 +66,10 @@ def test_the_template_is_the_corpus_layout_and_turns_are_prefixes(loaded: PreTra
     ]
     whole = loaded.apply_chat_template(turns, tokenize=False)
     assert whole == rendered({"messages": turns})
+    assert isinstance(whole, str)
     for k in range(1, len(turns)):
         part = loaded.apply_chat_template(turns[:k], tokenize=False)
+        assert isinstance(part, str)
         assert whole.startswith(part)
         if turns[k - 1]["role"] == "user":
             asked = loaded.apply_chat_template(turns[:k], tokenize=False, add_generation_prompt=True)

@@ -36,7 +36,9 @@ def modules(tiny_base: Path) -> dict[str, Loaded]:
     return {n: Loaded(n, n, n, m) for n, m in (("own", own), ("base", base), ("teacher", teacher))}
 
 
-def objective(modules: dict[str, Loaded], sharing: str, *, taught: bool = False, accumulation: int = 1) -> MemberObjective:
+def objective(
+    modules: dict[str, Loaded], sharing: str, *, taught: bool = False, accumulation: int = 1
+) -> MemberObjective:
     batches = Batches(EXAMPLES, batch_size=2, seed=0)
     teacher = modules["teacher"] if taught else None
     return MemberObjective(batches, accumulation, SHARINGS[sharing].row, modules, teacher)
@@ -44,12 +46,16 @@ def objective(modules: dict[str, Loaded], sharing: str, *, taught: bool = False,
 
 def test_divergence_is_that_of_the_book() -> None:
     p, q = torch.tensor([[0.2, 0.8], [0.5, 0.5]]), torch.tensor([[0.6, 0.4], [0.5, 0.5]])
-    assert float(divergence(p.log() + 3, q.log() - 1)) == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-6)
+    assert float(divergence(p.log() + 3, q.log() - 1)) == pytest.approx(
+        float((p * (p / q).log()).sum()), abs=1e-6
+    )
     assert float(divergence(p.log(), p.log())) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_a_row_learns_its_teacher_at_every_place_where_it_speaks(sharing: str, modules: dict[str, Loaded]) -> None:
+def test_a_row_learns_its_teacher_at_every_place_where_it_speaks(
+    sharing: str, modules: dict[str, Loaded]
+) -> None:
     row = SHARINGS[sharing].row
     micro = objective(modules, sharing, taught=True).micro(EXAMPLES)
     assert micro.tokens > sum(micro.layout.tokens.values())
@@ -94,4 +100,8 @@ def test_the_reported_loss_is_a_mean_over_answer_tokens(sharing: str, modules: d
 
 def test_nothing_is_left_trainable_by_looking(modules: dict[str, Loaded]) -> None:
     evaluation_loss(EXAMPLES, SHARINGS["sun"].row, modules, bf16=False)
-    assert not any(isinstance(p, nn.Parameter) and p.requires_grad for m in modules.values() for p in m.model.parameters())
+    assert not any(
+        isinstance(p, nn.Parameter) and p.requires_grad
+        for m in modules.values()
+        for p in m.model.parameters()
+    )

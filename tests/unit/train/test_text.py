@@ -59,7 +59,9 @@ def test_every_row_comes_once_an_epoch_and_the_seed_decides_when(model: Transfor
 
     def seen(seed: int, batch: int, accumulation: int, steps: int) -> list[int]:
         objective = TextObjective(model, rows, batch, accumulation, seed)
-        return [int(m.ids[i, 0]) for s in range(steps) for m in objective.micros(s) for i in range(len(m.ids))]
+        return [
+            int(m.ids[i, 0]) for s in range(steps) for m in objective.micros(s) for i in range(len(m.ids))
+        ]
 
     first = seen(0, 3, 2, 5)  # 30 rows: three epochs, with batches across their borders
     assert len(first) == 30
