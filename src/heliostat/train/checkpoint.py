@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,27 +70,57 @@ def resume(
 ) -> Progress:
     """Load the newest checkpoint into parameters and optimizer; a fresh Progress where there is none.
 
-    Raises Refused where the checkpoint belongs to another recipe, data or base (``identity`` differs).
+    A damaged one is passed over, with a warning, for the one before it, and removed: its name will be needed.
+    Raises Refused where all are damaged, or belong to another recipe, data or base (``identity`` differs).
     """
-    found = checkpoints(folder)
-    if not found:
-        return Progress()
-    state = read_json(found[-1] / STATE)
-    if state.get("identity") != identity:
-        raise Refused(
-            f"{found[-1]} belongs to another recipe, data or base; to start over, remove {folder} "
-            "or say --resume-from-checkpoint false"
-        )
-    saved = dict(read_tensors([found[-1] / PARAMETERS]))
-    if set(saved) != set(parameters):
-        raise Refused(
-            f"{found[-1]} holds other parameters than this run trains; remove {folder} to start over"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
-    _restore(parameters, optimizer, dict(read_tensors([found[-1] / OPTIMIZER])))
-    return Progress(int(state["step"]), tuple(state["history"]))
+    refuse_other(folder, identity=identity)
+    damaged: list[tuple[Path, Refused]] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            progress, _ = _read_state(path)
+            saved, moments = (dict(read_tensors([path / name])) for name in (PARAMETERS, OPTIMIZER))
+        except Refused as error:
+            damaged.append((path, error))
+            continue
+        if set(saved) != set(parameters):
+            raise Refused(
+                f"{path} holds other parameters than this run trains; remove {folder} to start over"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+        _restore(parameters, optimizer, moments)
+        for broken, error in damaged:
+            warnings.warn(f"{error}; going on from {path.name}", stacklevel=1)
+            discard(broken)
+        return progress
+    if damaged:
+        raise Refused(f"{damaged[0][1]}; no older checkpoint is whole: remove {folder} to start over")
+    return Progress()
+
+
+def refuse_other(folder: Path, *, identity: str, why: str = "") -> None:
+    """Refuse where the newest readable checkpoint is another run's; ``why`` is what a caller knows about that."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            _, found = _read_state(path)
+        except Refused:
+            continue
+        if found != identity:
+            raise Refused(
+                f"{path} belongs to another recipe, data or base{why}; to start over, remove {folder} "
+                "or say --resume-from-checkpoint false"
+            )
+        return
+
+
+def _read_state(path: Path) -> tuple[Progress, str]:
+    """Where a checkpoint stands, and the identity of its run."""
+    state = read_json(path / STATE)
+    try:
+        return Progress(int(state["step"]), tuple(state["history"])), str(state["identity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{path / STATE} is damaged: {error!r}") from error
 
 
 def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

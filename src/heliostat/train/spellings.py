@@ -108,6 +108,17 @@ def to_yaml(recipe: Pace) -> str:
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
 
 
+def changes(recipe: Pace, path: Path, *, ignored: Iterable[str] = ()) -> list[str]:
+    """What ``recipe`` says otherwise than the YAML that ``to_yaml`` wrote to ``path``; nothing if that is unreadable."""
+    try:
+        before = read_values(path)
+    except Refused:
+        return []
+    now = recipe.model_dump(mode="json")
+    names = [n for n in sorted({*before, *now} - set(ignored)) if before.get(n) != now.get(n)]
+    return [f"{name} was {before.get(name)!r}, is now {now.get(name)!r}" for name in names]
+
+
 def _in_our_words(kind: type[Pace], values: Mapping[str, Any], *, where: str, tell: Tell) -> dict[str, Any]:
     named: dict[str, Any] = {}
     spelled: dict[str, str] = {}

@@ -42,12 +42,24 @@ from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.loop import Run, Settings, Watch
 from heliostat.train.objective import MemberObjective, evaluation_loss
 from heliostat.train.recipe import READERS_OF_KEYS, Pace, Recipe, Settled
-from heliostat.train.spellings import to_yaml
+from heliostat.train.spellings import changes, to_yaml
 from heliostat.train.teacher import taught_examples
 from heliostat.train.watch import draw_loss
 
 JUDGED = 256
 """Held-out examples whose loss is measured during a run."""
+FREE = frozenset(
+    (
+        "family",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "eval_data",
+        "metric",
+    )
+)
+"""Fields of a recipe that may change between the parts of one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,7 @@ def tune(
     run_folder.mkdir(parents=True, exist_ok=True)
     with locked(run_folder / "run.lock", wait=False):
         job = prepare(recipe, echo=echo)
-        atomic_write_text(run_folder / "recipe.yaml", to_yaml(job.recipe))
+        _keep_recipe(job)
         with watching(job) as watch:
             history = _run(job, watch)
         draw_loss(
@@ -196,30 +208,34 @@ def objective_of(job: Job) -> MemberObjective:
 def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
     recipe = job.recipe
     settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
-    ignored = {
-        "family",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "eval_data",
-        "metric",
-    }
-    facts = recipe.model_dump(exclude=ignored) | {
+    judge = None
+    if job.held_out:
+        judge = lambda: {"loss": evaluation_loss(job.held_out, job.row, job.modules, bf16=recipe.bf16)}  # noqa: E731
+    run = Run(objective_of(job), job.parameters, settings, job.run_folder, _identity(job), watch, judge)
+    return run.fit(resume=recipe.resume_from_checkpoint is not False).history
+
+
+def _identity(job: Job) -> str:
+    facts = job.recipe.model_dump(exclude=set(FREE)) | {
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
         "digests": {
             name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)
         },
         **({"teacher_digest": job.teacher.digest} if job.teacher is not None else {}),
     }
-    judge = None
-    if job.held_out:
-        judge = lambda: {"loss": evaluation_loss(job.held_out, job.row, job.modules, bf16=recipe.bf16)}  # noqa: E731
-    run = Run(objective_of(job), job.parameters, settings, job.run_folder, identity_of(facts), watch, judge)
-    resume = recipe.resume_from_checkpoint
+    return identity_of(facts)
+
+
+def _keep_recipe(job: Job) -> None:
+    """Write the recipe into the run's folder, once it is known that it begins anew or goes on with what lies there."""
+    path, resume = job.run_folder / "recipe.yaml", job.recipe.resume_from_checkpoint
     if resume is True and not checkpoint.checkpoints(job.run_folder):
         raise Refused(f"--resume-from-checkpoint true, but {job.run_folder} holds no checkpoint")
-    return run.fit(resume=resume is not False).history
+    if resume is not False:
+        changed = changes(job.recipe, path, ignored=FREE)
+        why = f" ({'; '.join(changed)})" if changed else ""
+        checkpoint.refuse_other(job.run_folder, identity=_identity(job), why=why)
+    atomic_write_text(path, to_yaml(job.recipe))
 
 
 def _data(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:

@@ -296,12 +296,26 @@ def test_what_was_never_finished_is_not_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [checkpoint.PARAMETERS, checkpoint.OPTIMIZER, checkpoint.STATE])
-def test_a_damaged_checkpoint_is_named(name: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(name: str, tmp_path: Path) -> None:
     saved(tmp_path)
-    path = checkpoint.checkpoints(tmp_path)[-1] / name
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(Refused, match=rf"{name}.*damaged"):
+    for path in checkpoint.checkpoints(tmp_path)[1:]:
+        (path / name).write_bytes((path / name).read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=rf"{name}.*damaged.*going on from checkpoint-00000001"):
+        assert resume(tmp_path).step == 1
+    again = saved(tmp_path)  # the names of the damaged ones are free
+    want = saved(tmp_path / "undamaged")
+    assert all(torch.equal(p, want.parameters[n]) for n, p in again.parameters.items())
+    assert resume(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("name", [checkpoint.PARAMETERS, checkpoint.OPTIMIZER, checkpoint.STATE])
+def test_where_every_checkpoint_is_damaged_nothing_is_removed(name: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    for path in checkpoint.checkpoints(tmp_path):
+        (path / name).write_bytes(b"{}" if name == checkpoint.STATE else b"")
+    with pytest.raises(Refused, match=rf"00003/{name}.*damaged.*no older checkpoint is whole"):
         resume(tmp_path)
+    assert len(checkpoint.checkpoints(tmp_path)) == 3
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path: Path) -> None:
