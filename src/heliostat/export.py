@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from heliostat.build import (
     BASE,
+    RUNS,
     Loaded,
     changing,
     describe_module,
@@ -25,11 +27,12 @@ from heliostat.build import (
 )
 from heliostat.errors import Refused
 from heliostat.family import PARTS, SHARINGS, Family, Member, Row, own_module_name
-from heliostat.files import atomic_directory, atomic_write_text, read_json
+from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import CONFIG, adapter_file, is_adapter
 from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import INDEX, weight_files
+from heliostat.train.checkpoint import checkpoints
 
 FACTS = "heliostat.json"
 LICENCES = ("license", "licence", "notice")
@@ -282,19 +285,46 @@ def _try(folder: Path, family: Family, own: str) -> Loaded:
 
 
 def remove_member(folder: Path, member: str) -> list[str]:
-    """Take a member and the modules that were only its own out of the family; returns the removed folders."""
+    """Take a member, the modules that were only its own and its run out of the family.
+
+    Returns the removed modules' folders. Raises Refused where a run of that name is at work or unfinished.
+    """
     folder = Path(folder)
     with changing(folder):
         family = read_family(folder)
         gone = [family.module(name).path for name in family.own_modules(member)]
-        # First the table, then the files: never the other way round.
-        write_family(folder, family.without_member(member))
+        with _ended_run(folder, member) as run:
+            # First the table, then the files: never the other way round.
+            write_family(folder, family.without_member(member))
+            shutil.rmtree(run, ignore_errors=True)
     for path in gone:
         shutil.rmtree(folder / path, ignore_errors=True)
     return gone
 
 
 def rename_member(folder: Path, old: str, new: str) -> None:
-    """Give a member another name; its modules keep theirs."""
-    with changing(Path(folder)):
-        write_family(Path(folder), read_family(Path(folder)).with_member_renamed(old, new))
+    """Give a member another name; its run goes along, its modules keep theirs.
+
+    Raises Refused where a run of either name is at work or unfinished.
+    """
+    folder = Path(folder)
+    with changing(folder):
+        family = read_family(folder).with_member_renamed(old, new)
+        with _ended_run(folder, old) as run, _ended_run(folder, new) as place:
+            write_family(folder, family)
+            if run.exists():
+                shutil.rmtree(place, ignore_errors=True)  # of a run that was refused or a member long gone
+                run.rename(place)
+
+
+@contextmanager
+def _ended_run(folder: Path, member: str) -> Iterator[Path]:
+    """The folder of a member's run, if there is one, held against training; Refused where the run is not over."""
+    path = folder / RUNS / member
+    if not path.is_dir():
+        yield path
+        return
+    with locked(path / "run.lock", wait=False):
+        if checkpoints(path):
+            raise Refused(f"{path} holds an unfinished run of {member!r}; remove that folder to give it up")
+        yield path

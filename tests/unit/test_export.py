@@ -26,6 +26,7 @@ from transformers import (
 from heliostat.build import init_family, load_modules, read_family
 from heliostat.errors import Refused
 from heliostat.export import FACTS, export_member, import_member, remove_member, rename_member
+from heliostat.files import locked
 from heliostat.llm import LLM
 from heliostat.model.seam import Causal
 from heliostat.train.recipe import Recipe
@@ -301,6 +302,34 @@ def test_names_and_removal(tiny_family: Path, tiny_base: Path) -> None:
         remove_member(tiny_family, "sums")
     import_member(tiny_family, "math", tiny_base)
     assert read_family(tiny_family).member("math").row.alone
+
+
+def test_a_run_goes_with_its_member(tiny_family: Path, tiny_data: Path) -> None:
+    runs = tiny_family / "runs"
+    kept = (runs / "math" / "log.jsonl").read_text()
+    (runs / "sums").mkdir()  # as a refused training leaves it
+    rename_member(tiny_family, "math", "sums")
+    assert (runs / "sums" / "log.jsonl").read_text() == kept and not (runs / "math").exists()
+    train(tiny_family, tiny_data, "math", "sun", "lora")
+    assert (runs / "sums" / "log.jsonl").read_text() == kept != (runs / "math" / "log.jsonl").read_text()
+    remove_member(tiny_family, "sums")
+    assert not (runs / "sums").exists() and (runs / "math").exists()
+
+
+@pytest.mark.parametrize("name", ["math", "sums"])
+def test_a_run_that_is_not_over_stays_where_it_is(tiny_family: Path, name: str) -> None:
+    run, before = tiny_family / "runs" / name, (tiny_family / "family.json").read_bytes()
+    run.mkdir(exist_ok=True)
+    with locked(run / "run.lock"), pytest.raises(Refused, match="held by another heliostat command"):
+        rename_member(tiny_family, "math", "sums")
+    (run / "checkpoint-00000002").mkdir()
+    (run / "checkpoint-00000002" / "state.json").touch()
+    with pytest.raises(Refused, match=f"unfinished run of '{name}'.*to give it up"):
+        rename_member(tiny_family, "math", "sums")
+    if name == "math":
+        with pytest.raises(Refused, match="unfinished run of 'math'"):
+            remove_member(tiny_family, "math")
+    assert run.exists() and (tiny_family / "family.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("path", ["", ".", "/tmp", "../other", "modules/../.."])
