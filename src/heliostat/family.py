@@ -221,7 +221,8 @@ class Family:
     def own_modules(self, member: str) -> tuple[str, ...]:
         """Modules that only this member uses: what its row trains, and what goes when it is removed."""
         others = {name for m in self.members.values() if m.name != member for name in m.row.modules}
-        return tuple(n for n in self.member(member).row.modules if n not in others and n != BASE)
+        kept = {BASE, *others, *(self.module(name).weights for name in others)}
+        return tuple(name for name in self.member(member).row.modules if name not in kept)
 
     def partners(self, member: str) -> dict[str, tuple[str, ...]]:
         """For each part of the row, the other members whose same part runs on the same weights."""
