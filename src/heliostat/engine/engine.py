@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from heliostat.build import Loaded
 from heliostat.engine.answer import Spoken
@@ -94,19 +95,40 @@ class Engine:
         return self.scheduler.finish(request_id, "abort")
 
     def step(self) -> list[Piece]:
-        """One step; what it added to each answer that got a token. Empty when nothing is unfinished."""
+        """One step; what it added to each answer that got a token. Empty when nothing is unfinished.
+
+        Raises Refused where a module's logits are not finite: the requests it was for are ended, the others go on
+        with the next step.
+        """
         if not self.unfinished:
             return []
         step = self.scheduler.schedule()
         try:
             requests, logits = self.runner.run(passes_of(step, self._runs, page_size=self.table.page_size))
-            drawn = sample(logits, [Draw(r.sampling, r.answer, self.tokenizer.eos_ids) for r in requests])
+            fine = logits.sum(-1).isfinite().tolist()
+            broken = [request for request, whole in zip(requests, fine, strict=True) if not whole]
+            draws = [Draw(r.sampling, r.answer, self.tokenizer.eos_ids) for r in requests]
+            drawn = sample(logits, draws) if not broken else []
         except BaseException:
             self.scheduler.abandon(step)
             raise
+        if broken:
+            self.scheduler.abandon(step)
+            self._refuse_broken(broken)
         finished = self.scheduler.commit(step, {r.id: s.token for r, s in zip(requests, drawn, strict=True)})
         assert all(request.finish_reason for request in finished)
         return [self._piece(r, s) for r, s in zip(requests, drawn, strict=True)]
+
+    def _refuse_broken(self, broken: Sequence[Request]) -> NoReturn:
+        for request in broken:
+            self.abort(request.id)
+        first = broken[0]
+        raise Refused(
+            f"member {first.member!r} cannot answer: the logits of {first.row.speaker!r} are not finite after "
+            f"{first.length} tokens ({len(broken)} requests are ended). Its weights, or those of "
+            f"{', '.join(first.row.modules)}, hold or make numbers that are none: heliostat check FAMILY; "
+            "in bfloat16, try --dtype float32"
+        )
 
     def _piece(self, request: Request, sampled: Sampled) -> Piece:
         spoken = self._spoken[request.id]

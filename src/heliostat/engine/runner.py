@@ -64,7 +64,8 @@ class Runner:
             for entry, count in zip(entries, needed, strict=True)
         ]
         rows, visible = [entry.rows for entry in entries], [entry.visible for entry in entries]
-        return PagedGroup(self._tensor(rows), self._tensor(pages), self._tensor(visible))
+        written = min(map(max, visible))
+        return PagedGroup(self._tensor(rows), self._tensor(pages), self._tensor(visible), written)
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

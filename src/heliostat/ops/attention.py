@@ -57,19 +57,25 @@ class PagedGroup:
     rows: Tensor  # [G, R] rows of the pass that ask
     pages: Tensor  # [G, N] page numbers; padding repeats any valid page
     visible: Tensor  # [G, R] how many positions, from the first, each query sees; at least 1
+    written: int = 0  # so many positions some query of each request sees; fewer is right too, but slower
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup]) -> Tensor:
     """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; every row of q is in exactly one group.
 
-    Pages are gathered once per request, whatever the number of its rows.
+    Pages are gathered once per request, whatever the number of its rows. What lies beyond the positions that a
+    request sees may be anything: pages come back with what was in them, NaN too, which no mask would keep out.
     """
     out = torch.empty_like(q)
     for group in groups:
         count, pages = group.pages.shape[0], group.pages.flatten()
         k = keys.index_select(0, pages).view(count, -1, *keys.shape[2:])  # [G, N*S, K, D]
         v = values.index_select(0, pages).view(count, -1, *values.shape[2:])
-        mask = torch.arange(k.shape[1], device=q.device) < group.visible[..., None]  # [G, R, N*S]
+        places = torch.arange(k.shape[1], device=q.device)
+        beyond = (places[group.written :] >= group.visible.amax(1, keepdim=True))[..., None, None]
+        k[:, group.written :].masked_fill_(beyond, 0)  # copies: the pages stay as they are
+        v[:, group.written :].masked_fill_(beyond, 0)
+        mask = places < group.visible[..., None]  # [G, R, N*S]
         out[group.rows] = attention(q[group.rows], k, v, mask[:, None])
     return out
 

@@ -136,6 +136,28 @@ def test_a_failing_pass_can_be_tried_again(engine: Engine, monkeypatch: pytest.M
     assert engine.tokenizer.decode(request.answer) == want
 
 
+def test_numbers_that_are_none_end_their_request_and_no_other(base: Loaded, tokenizer: Tokenizer) -> None:
+    broken = copy.deepcopy(base.model)
+    broken.model.layers[0].self_attn.v_proj.weight.data[:] = torch.nan
+    modules = {"base": base, "broken": Loaded("broken", "other", "broken", broken)}
+    engine = Engine(modules, tokenizer, max_length=64, pages=6, page_size=4)
+    want, good = run(engine, ask(engine)), ask(engine)
+    for _ in range(3):
+        bad = ask(engine, module="broken", prompt=tuple(range(5, 24)))
+        engine.add(bad)
+        with pytest.raises(Refused, match="logits of 'broken' are not finite after 19 tokens"):
+            engine.step()
+        assert bad.finish_reason == "abort" and engine.unfinished == 0
+    assert engine.runner.pool.values.isnan().any(dim=(0, 2, 3, 4)).sum() == 5  # the first answer keeps a page
+    engine.add(good)
+    engine.add(bad := ask(engine, module="broken"))
+    with pytest.raises(Refused):
+        engine.step()
+    while engine.unfinished:
+        engine.step()
+    assert engine.tokenizer.decode(good.answer) == want
+
+
 def test_pages_for_all_or_for_the_memory_there_is(base: Loaded) -> None:
     def fitting(**options: int) -> int:
         return pages_that_fit(base.model, **{"max_length": 100, "max_running": 4, "cache_mib": 64, **options})

@@ -1,5 +1,7 @@
 """Fast attention against its plain twin: any shape, any grouping, any mask; over pages too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -100,5 +102,11 @@ def test_what_lies_in_a_page_beyond_what_is_visible_does_not_matter() -> None:
     q, keys, values = some((1, 2, 8), 0), some((2, 4, 1, 8), 1), some((2, 4, 1, 8), 2)
     group = PagedGroup(torch.tensor([[0]]), torch.tensor([[1, 0]]), torch.tensor([[3]]))
     before = paged_attention(q, keys, values, [group])
-    keys[0], values[0], keys[1, 3], values[1, 3] = 9.0, 9.0, 9.0, 9.0
-    torch.testing.assert_close(paged_attention(q, keys, values, [group]), before)
+    for what in (9.0, torch.nan, torch.inf):
+        keys[0], values[0], keys[1, 3], values[1, 3] = what, what, what, what
+        for attend in (paged_attention, plain_paged_attention):
+            torch.testing.assert_close(attend(q, keys, values, [group]), before)
+            torch.testing.assert_close(attend(q, keys, values, [replace(group, written=3)]), before)
+        assert (
+            float(keys[0, 0, 0, 0]) == what or torch.isnan(keys[0]).all()
+        )  # the pages themselves are not changed
