@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,8 @@ def _passes(job: Job, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
     if layout.answers is not None:
         for name in (job.row.answer_writer, job.row.speaker):
             shapes.setdefault(name, layout.answers.ids.shape)
+    said = Counter({job.row.prompt_writer: layout.from_prompt[0].numel()})
+    said[job.row.speaker] += layout.from_answers[0].numel()
     for name, (count, length) in shapes.items():
         module = job.modules[name]
         trained = name == job.own
@@ -78,8 +81,7 @@ def _passes(job: Job, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
         ):
             seam = Causal() if trained or not taped else _Taped()
             hidden = module.model(ids, positions, seam, module.route)
-            if name == job.row.speaker or name == job.own:
-                spoken = min(layout.spoken, count * length)
+            if spoken := said.get(name, 0):
                 logits = module.model.logits(hidden.flatten(0, 1)[:spoken]).float()
                 hidden = torch.nn.functional.cross_entropy(logits, layout.targets[:spoken])
         if taped:
