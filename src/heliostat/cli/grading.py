@@ -52,6 +52,7 @@ def grade_member(
         ("accuracy", percent(found.accuracy)),
         ("metric", metric),
         ("items", f"{len(found.items):,}"),
+        *([("cut by their length", f"{found.cut:,}")] if found.cut else []),
         ("seconds", f"{seconds:.1f}"),
     ]
     print_table(rows, title=f"{member} on {data}")

@@ -230,7 +230,9 @@ def _show(recipe: Recipe, outcome: Outcome, facts: Mapping[str, Any]) -> None:
     if "eval_loss" in facts:
         rows.append(("eval loss", f"{facts['eval_loss']:.4f}"))
     if "accuracy" in facts:
-        rows.append(("accuracy", f"{percent(facts['accuracy'])} ({facts['metric']}, {facts['items']} items)"))
+        cut = f", {facts['cut']} cut by their length" if facts["cut"] else ""
+        right = percent(facts["accuracy"])
+        rows.append(("accuracy", f"{right} ({facts['metric']}, {facts['items']} items{cut})"))
     rows += _speed(facts)
     print_table(rows, title=f"{recipe.member} is a member of {recipe.family}")
     print(f"run: {outcome.run_folder} (recipe.yaml, log.jsonl, loss.svg)")
