@@ -62,7 +62,11 @@ def check_family(
     yield from files
     if not all(finding.ok for finding in files):
         return
-    tokenizer = load_tokenizer(folder, family)
+    try:
+        tokenizer = load_tokenizer(folder, family)
+    except Refused as error:
+        yield Finding("tokenizer", False, str(error))
+        return
     yield Finding("tokenizer", True, f"digest {tokenizer.digest[:12]}")
     for name in names:
         modules = load_modules(folder, family, modules_of(family, [name]), dtype=torch.float32, verify=False)
