@@ -92,6 +92,14 @@ def tiny_family_made(
     tmp_path_factory: pytest.TempPathFactory, bare_family_made: Path, tiny_data: Path
 ) -> Path:
     """The family that ``tiny_family`` copies. Read only."""
+    folder = tmp_path_factory.mktemp("tiny") / "fam"
+    shutil.copytree(bare_family_made, folder)
+    for member, (sharing, tuner) in SHARED.items():
+        _tune(folder, member, sharing, tiny_data, tuner=tuner, max_steps=3)
+    return folder
+
+
+def _tune(folder: Path, member: str, sharing: str, data: Path, **options: Any) -> Any:
     from contextlib import nullcontext
 
     from heliostat.train.recipe import Recipe
@@ -99,14 +107,9 @@ def tiny_family_made(
     from heliostat.train.tune import tune
     from heliostat.train.watch import Silent
 
-    folder = tmp_path_factory.mktemp("tiny") / "fam"
-    shutil.copytree(bare_family_made, folder)
-    for member, (sharing, tuner) in SHARED.items():
-        who = {"family": str(folder), "member": member, "sharing": sharing, "tuner": tuner}
-        pace = {"data": str(tiny_data), "max_steps": 3, "learning_rate": 0.03, "max_length": 128}
-        recipe = make_recipe(Recipe, {**who, **pace})
-        tune(recipe, watching=lambda job: nullcontext(Silent()))
-    return folder
+    who = {"family": str(folder), "member": member, "sharing": sharing, "data": str(data)}
+    recipe = make_recipe(Recipe, {**who, "learning_rate": 0.03, "max_length": 128, **options})
+    return tune(recipe, watching=lambda job: nullcontext(Silent()))
 
 
 @pytest.fixture
@@ -119,3 +122,9 @@ def bare_family(bare_family_made: Path, tmp_path: Path) -> Path:
 def tiny_family(tiny_family_made: Path, tmp_path: Path) -> Path:
     """A toy family with one member of every sharing (see SHARED), the test's own to change."""
     return Path(shutil.copytree(tiny_family_made, tmp_path / "fam"))
+
+
+@pytest.fixture(scope="session")
+def tune_member() -> Callable[..., Any]:
+    """Tunes one more member, quietly: ``tune_member(folder, "m", "sun", data, max_steps=9)``; its Outcome."""
+    return _tune
