@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from heliostat.files import read_json
 
 UNFINISHED = "\ufffd"
 """What decoders put where the bytes of a character are incomplete, or wrong."""
+
+RENDER_SECONDS = 5.0
+"""A chat template that takes longer is refused: it is a program of whoever made the checkpoint, and may not end."""
 
 # A character no merge starts from: text behind it is tokenized as text that goes on, not as text that begins.
 _ANCHOR = "\x01"
@@ -48,6 +53,8 @@ class Tokenizer:
     """Whether encoding puts a space before every text, as SentencePiece does."""
     digest: str
     """SHA-256 (hex) over vocabulary, rules, special tokens and chat template."""
+    parts: Mapping[str, str]
+    """SHA-256 (hex) of each of these parts alone, by what to call it."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -64,6 +71,7 @@ class Tokenizer:
         eos_ids, prefix = _eos_ids(folder, fast), _prefix(backend)
         pad = fast.pad_token_id
         size = _size(backend, pad)
+        facts = _facts(content, fast, size, eos_ids, prefix)
         return cls(
             backend=backend,
             fast=fast,
@@ -73,7 +81,8 @@ class Tokenizer:
             size=size,
             prefix=prefix,
             spaced=_is_spaced(backend),
-            digest=_digest(content, fast, size, eos_ids, prefix),
+            digest=_digest(facts),
+            parts={what: _digest([facts[name] for name in names]) for what, names in _PARTS.items()},
         )
 
     @property
@@ -100,7 +109,7 @@ class Tokenizer:
     def render(self, messages: Sequence[Mapping[str, Any]], *, generation: bool = True) -> str:
         """The conversation as the chat template writes it; ``generation``: up to where an assistant begins.
 
-        Refused where there is no template, or where the template refuses the conversation.
+        Refused where there is no template, or where the template refuses the conversation or does not end.
         """
         if not self.has_template:
             raise Refused(
@@ -109,16 +118,21 @@ class Tokenizer:
             )
         try:
             # transformers renders in jinja's sandbox: a template reaches neither attributes nor files.
-            return str(
-                self.fast.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=generation
-                )
-            )
+            return within(RENDER_SECONDS, lambda: self._rendered(messages, generation))
+        except _Endless as error:
+            raise Refused(
+                f"the chat template did not end within {RENDER_SECONDS:g} s: put another chat_template.jinja beside "
+                "tokenizer.json, or ask for fewer turns"
+            ) from error
         except Exception as error:  # a template is somebody's program: it may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise Refused(
                 f"the chat template refuses this conversation (roles: {roles or 'none'}): {error}"
             ) from error
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
+        turns = [dict(message) for message in messages]
+        return str(self.fast.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The exact ids that serving gives a model for a conversation that waits for an answer."""
@@ -227,6 +241,51 @@ class TextStream:
         self._whole = len(self._window)
 
 
+class _Endless(BaseException):
+    """What ends a template in the midst of its work; no Exception, which jinja's compiler would pass over."""
+
+
+def within(seconds: float, work: Callable[[], str]) -> str:
+    """``work()``, given up with _Endless after so many seconds.
+
+    In the main thread an alarm breaks it off; elsewhere nothing can, and it is left behind in a thread of its own.
+    One single operation that takes long, such as a power of large numbers, is not broken off.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return _in_a_thread(seconds, work)
+
+    def ring(signum: int, frame: object) -> None:
+        raise _Endless
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return work()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)  # somebody else's rings that much later
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+
+
+def _in_a_thread(seconds: float, work: Callable[[], str]) -> str:
+    said: list[str] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            said.append(work())
+        except BaseException as error:  # it is the caller's, whatever it is
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not said:
+        raise _Endless
+    return said[0]
+
+
 def _load_fast(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
@@ -291,9 +350,16 @@ def _size(backend: Any, pad: int | None) -> int:
     return max(ids, default=-1) + 1
 
 
-def _digest(
+_PARTS = {
+    "vocabulary or rules": ("rules",),
+    "special tokens": ("added", "eos", "prefix"),
+    "chat template": ("template",),
+}
+
+
+def _facts(
     content: Mapping[str, Any], fast: Any, size: int, eos_ids: Sequence[int], prefix: Sequence[int]
-) -> str:
+) -> dict[str, Any]:
     """The same for folders that give all texts and conversations the same ids, however they were saved."""
     rules = {key: value for key, value in content.items() if key not in _NOT_CONTENT}
     model = {key: value for key, value in rules["model"].items() if value is not None and value is not False}
@@ -304,11 +370,14 @@ def _digest(
         for token, t in fast.added_tokens_decoder.items()
         if token < size
     }
-    facts = {
+    return {
         "rules": {**rules, "model": model},
         "added": sorted(added.items()),
         "eos": list(eos_ids),
         "prefix": list(prefix),
         "template": fast.chat_template,
     }
+
+
+def _digest(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,9 +1,13 @@
 """The tokenizer: ids as serving has them, ends of answers, digests, text that streams in whole characters."""
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -158,6 +162,63 @@ class TestIds:
         tokenizer = Tokenizer.load(tokenizer_folder(template=template))
         with pytest.raises(Refused, match="the chat template refuses"):
             tokenizer.prompt_ids(ASKED)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+class TestTimeLimit:
+    @pytest.mark.parametrize("main", [True, False])
+    def test_an_endless_template_is_refused(
+        self, tokenizer_folder: Folder, monkeypatch: pytest.MonkeyPatch, main: bool
+    ) -> None:
+        monkeypatch.setattr("heliostat.model.tokenizer.RENDER_SECONDS", 0.2)
+        endless = Tokenizer.load(
+            tokenizer_folder(template="{% if messages|length > 1 %}" + ENDLESS + "{% endif %}ok")
+        )
+        refused: list[str] = []
+        # What the thread left behind goes on working, so it is given less to do.
+        monkeypatch.setattr(
+            Tokenizer, "_rendered", Tokenizer._rendered if main else lambda *_: time.sleep(1) or ""
+        )
+
+        def ask() -> None:
+            with pytest.raises(Refused, match=r"the chat template did not end within 0.2 s"):
+                endless.render([{"role": "user", "content": "a"}] * 2)
+            refused.append("yes")
+
+        if main:
+            ask()
+            assert endless.render([{"role": "user", "content": "a"}]) == "ok"  # and the next one is heard
+        else:
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+        assert refused
+
+    def test_alarms_of_others_are_left_as_they_were(self, growing: Tokenizer) -> None:
+        def mine(signum: int, frame: object) -> None: ...
+
+        before = signal.signal(signal.SIGALRM, mine)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 1000)
+            growing.render([{"role": "user", "content": "a"}])
+            assert signal.getsignal(signal.SIGALRM) is mine
+            assert signal.getitimer(signal.ITIMER_REAL)[0] > 900
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def test_other_threads_render_and_refuse_alike(
+        self, growing: Tokenizer, tokenizer_folder: Folder
+    ) -> None:
+        picky = Tokenizer.load(tokenizer_folder(template="picky"))
+        with ThreadPoolExecutor(1) as pool:
+            said = pool.submit(growing.render, [{"role": "user", "content": "a"}]).result()
+            failed = pool.submit(picky.render, [{"role": "system", "content": "a"}])
+            assert said == growing.render([{"role": "user", "content": "a"}])
+            with pytest.raises(Refused, match="no system turn please"):
+                failed.result()
 
 
 class TestAnswers:
