@@ -271,10 +271,15 @@ def _refuse_other_tokenizer(folder: Path, family: Family, source: Path) -> None:
     if not (source / "tokenizer.json").is_file():
         return
     tokenizer, own = Tokenizer.load(source), load_tokenizer(folder, family)
-    if tokenizer.digest != own.digest:
-        raise Refused(
-            f"{source} has another tokenizer than the family (digests {tokenizer.digest[:12]} and {own.digest[:12]})"
-        )
+    if tokenizer.digest == own.digest:
+        return
+    other = [part for part in own.parts if tokenizer.parts[part] != own.parts[part]]
+    names = sorted(p.name for p in source.iterdir() if p.name.startswith(TOKENIZER))
+    raise Refused(
+        f"{source} has another tokenizer than the family; what differs: {', '.join(other)} (digests "
+        f"{tokenizer.digest[:12]} and {own.digest[:12]}). If the model was not tuned for it, remove the files of "
+        f"the tokenizer there ({', '.join(names)}): without them the family's is taken"
+    )
 
 
 def _try(folder: Path, family: Family, own: str) -> Loaded:

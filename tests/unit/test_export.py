@@ -245,7 +245,13 @@ def test_what_does_not_fit_the_family_is_refused_and_leaves_nothing(
     refused_import(tiny_family, make_checkpoint(rms_norm_eps=1e-3), "norm_eps is 0.001")
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     (other / "chat_template.jinja").write_text("{{ messages }}")
-    refused_import(tiny_family, other, "another tokenizer")
+    refused_import(tiny_family, other, r"another tokenizer than the family; what differs: chat template \(")
+    (other / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3]}')
+    said = r"differs: special tokens, chat template.*chat_template.jinja, .*tokenizer.json.*the family's is"
+    refused_import(tiny_family, other, said)
+    for file in [*other.glob("tokenizer*"), other / "chat_template.jinja"]:
+        file.unlink()
+    import_member(tiny_family, "own-tokenizer-removed", other)
     broken = Path(shutil.copytree(tiny_base, tmp_path / "broken"))
     state = load_file(broken / "model.safetensors")
     state.pop("model.norm.weight")
