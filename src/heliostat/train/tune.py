@@ -246,9 +246,10 @@ def _data(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | Non
             found.append(taught_examples(path, tokenizer, teacher, **options))  # type: ignore[arg-type]
         else:
             found.append(read_examples(path, tokenizer, **options))  # type: ignore[arg-type]
-    if not row.alone and any(f.format == "text" for f in found):
+    texts = [f.path for f in found if f.format == "text"]
+    if texts and not row.alone:
         raise Refused(
-            f"{recipe.data[0]} is plain text, which has no prompt and no answer: sharing {recipe.sharing!r} "
+            f"{texts[0]} is plain text, which has no prompt and no answer: sharing {recipe.sharing!r} "
             "parts a model between the two. Give prompts with answers, or use --sharing independent"
         )
     return Examples(
