@@ -15,6 +15,10 @@ from heliostat.train.data import Batches, Example
 from heliostat.train.sharing import Layout, lay_out, log_probabilities, speak, to_device
 
 
+COLUMNS = 8
+"""Batches are padded to a multiple of so many tokens: shapes that recur find their kernels compiled."""
+
+
 @dataclass(frozen=True, slots=True)
 class MemberMicro:
     """Some examples laid out for a row, ready to run."""
@@ -75,7 +79,7 @@ class MemberObjective:
     def micro(self, examples: Sequence[Example]) -> MemberMicro:
         """These examples as one micro-batch."""
         device = self.modules[self.row.speaker].model.device
-        layout = to_device(lay_out(examples, self.row), device)
+        layout = to_device(lay_out(examples, self.row, multiple=COLUMNS), device)
         whole = _whole(examples).to(device) if self.teacher else None
         return MemberMicro(layout, self.row, self.modules, self.teacher, whole)
 

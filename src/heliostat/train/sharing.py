@@ -23,6 +23,10 @@ from heliostat.model.seam import Causal, KeyValues, Reading, Recording
 from heliostat.train.data import Example
 
 
+RECURRING = 64
+"""Spoken tokens are padded to a multiple of so many rows before the head."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answers:
     """Padded index tensors of the answer passes. Q: positions of all answers of one example, padded."""
@@ -51,8 +55,8 @@ class Layout:
         return int(self.targets.numel())
 
 
-def lay_out(examples: Sequence[Example], row: Row) -> Layout:
-    """Index tensors for a batch of examples under a row (see Layout)."""
+def lay_out(examples: Sequence[Example], row: Row, *, multiple: int = 1) -> Layout:
+    """Index tensors for a batch of examples under a row (see Layout), padded to a multiple of so many columns."""
     goes_on = row.answer_writer == row.prompt_writer
     one_voice = goes_on and row.speaker == row.prompt_writer
     prompts, spans, said, said_later = [], [], [], []
@@ -70,8 +74,8 @@ def lay_out(examples: Sequence[Example], row: Row) -> Layout:
                     columns.append((example.ids[position], position, boundary, answer))
         spans.append(columns)
     return Layout(
-        prompt=_padded(prompts),
-        answers=None if one_voice else _answers(spans),
+        prompt=_padded(prompts, multiple),
+        answers=None if one_voice else _answers(spans, multiple),
         from_prompt=_pairs([(b, p) for b, p, _ in said]),
         from_answers=_pairs([(b, c) for b, c, _, _ in said_later]),
         targets=torch.tensor([t for *_, t in said] + [t for _, _, t, _ in said_later], dtype=torch.long),
@@ -97,12 +101,18 @@ def speak(layout: Layout, row: Row, modules: Mapping[str, Loaded]) -> Tensor:
     written, hidden = _prompt_pass(layout, writer)
     spoken = []
     if layout.from_prompt[0].numel():
-        spoken.append(writer.model.logits(hidden[layout.from_prompt]))
+        spoken.append(_logits(writer, hidden[layout.from_prompt]))
     if layout.answers is not None and layout.from_answers[0].numel():
         speaker = modules[row.speaker]
         later = _answer_passes(layout.answers, row, modules, written, layout.prompt.shape[1])
-        spoken.append(speaker.model.logits(later[layout.from_answers]))
+        spoken.append(_logits(speaker, later[layout.from_answers]))
     return torch.cat([part.float() for part in spoken])
+
+
+def _logits(speaker: Loaded, hidden: Tensor) -> Tensor:
+    """Logits [N, V] of hidden states [N, E], run in a few recurring shapes: a CPU compiles its kernels for each."""
+    count = hidden.shape[0]
+    return speaker.model.logits(torch.nn.functional.pad(hidden, (0, 0, 0, -count % RECURRING)))[:count]
 
 
 def _prompt_pass(layout: Layout, writer: Loaded) -> tuple[KeyValues, Tensor]:
@@ -179,19 +189,19 @@ def to_device(layout: Layout, device: torch.device) -> Layout:
     )
 
 
-def _answers(spans: list[list[tuple[int, int, int, int]]]) -> Answers | None:
+def _answers(spans: list[list[tuple[int, int, int, int]]], multiple: int) -> Answers | None:
     if not any(spans):
         return None
     ids, positions, starts, numbers = (
-        _padded([[c[i] for c in columns] for columns in spans]) for i in range(4)
+        _padded([[c[i] for c in columns] for columns in spans], multiple) for i in range(4)
     )
     lengths = torch.tensor([len(columns) for columns in spans])
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     return Answers(ids, positions, starts, numbers.masked_fill(padding, -1))
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    longest = max(1, max(map(len, rows)))
+def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Tensor:
+    longest = -(-max(1, max(map(len, rows))) // multiple) * multiple
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.long)
 
 
