@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -200,12 +199,6 @@ def _lock(descriptor: int, path: Path, *, wait: bool) -> None:
             f"{what} in {path.parent} is held by another heliostat command (process {holder}); "
             "wait until it has ended, then run this again"
         ) from error
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes (hex)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from heliostat.files import (
     read_json,
     readable_size,
     saving,
-    sha256_file,
 )
 
 SOURCE = str(Path(heliostat.__file__).parents[1])
@@ -342,11 +341,6 @@ def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path: Path) -> N
         read_json(tmp_path / "gone.json")
     with pytest.raises(Refused, match="cannot be read"):
         read_json(tmp_path)
-
-
-def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc")
-    assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
 
 
 @pytest.mark.parametrize(

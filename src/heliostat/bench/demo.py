@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from heliostat.bench.methods import METHODS, RANK, Method
 from heliostat.bench.report import write_demo_report
 from heliostat.bench.trial import EMBEDDED_BASE, Trial, as_half, base_alone, ensure_family, run
 from heliostat.build import config_of, read_family
@@ -32,7 +33,6 @@ ITEMS = 500
 """Held-out prompts that are answered and graded."""
 MEMBERS = 4
 """Members of the family whose memory is counted."""
-RANK = 16
 PROMPT = 200
 """Tokens of the prompt whose keys and values are counted."""
 
@@ -47,26 +47,6 @@ class Line:
     note: str
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One way of tuning that the demo shows."""
-
-    name: str
-    sharing: str
-    tuner: str
-    learning_rate: float
-
-
-METHODS = (
-    Method("full fine-tune", "independent", "full", 2e-3),
-    Method("SUN", "sun", "full", 4e-3),
-    Method("PrefillShare", "prefillshare", "full", 2e-3),
-    Method("LoRA, r 16", "independent", "lora", 6e-3),
-    Method("ICaRus, r 16", "icarus", "lora", 6e-3),
-)
-"""Rates are those that `make results` found best on validation items."""
-
-
 def trials(task: str, steps: int, items: int = ITEMS) -> dict[str, Trial]:
     """The demo's runs by name."""
     options = {
@@ -78,7 +58,7 @@ def trials(task: str, steps: int, items: int = ITEMS) -> dict[str, Trial]:
         "validation_items": 1,
     }
     return {
-        m.name: Trial(sharing=m.sharing, tuner=m.tuner, learning_rate=m.learning_rate, **options)  # type: ignore[arg-type]
+        m.label: Trial(sharing=m.sharing, tuner=m.tuner, learning_rate=m.demo_rate, **options)  # type: ignore[arg-type]
         for m in METHODS
     }
 
@@ -197,7 +177,7 @@ def memory(config: ModelConfig) -> dict[str, dict[str, float]]:
     for method in METHODS:
         family = _imagined(config, method)
         weights, *_, copies = savings(family, size=size, prompt=prompt, tokens=PROMPT)
-        found[f"{MEMBERS} x {method.name}"] = {"weights": weights.family, "kv": copies.family}
+        found[f"{MEMBERS} x {method.label}"] = {"weights": weights.family, "kv": copies.family}
     return found
 
 

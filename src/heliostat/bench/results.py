@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from heliostat.bench.birth import certificate
+from heliostat.bench.methods import METHODS, Method
 from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, write_data
 from heliostat.files import atomic_write_text, read_json
 from heliostat.plot import bars, lines
@@ -31,25 +32,6 @@ STEPS = 400
 BOOTSTRAPS = 2_000
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One way of tuning, and the learning rates tried for it: as many for each."""
-
-    name: str
-    sharing: str
-    tuner: str
-    rates: tuple[float, ...]
-    against: str
-    """The method its accuracy is compared with, on the same items and seeds."""
-
-
-METHODS = (
-    Method("full fine-tune", "independent", "full", (1e-3, 2e-3, 5e-3), "full fine-tune"),
-    Method("SUN", "sun", "full", (2e-3, 5e-3, 1e-2), "full fine-tune"),
-    Method("PrefillShare", "prefillshare", "full", (1e-3, 2e-3, 5e-3), "full fine-tune"),
-    Method("LoRA", "independent", "lora", (3e-3, 6e-3, 1.2e-2), "LoRA"),
-    Method("ICaRus", "icarus", "lora", (3e-3, 6e-3, 1.2e-2), "LoRA"),
-)
 CONTROLS = {"control: SUN's writer": "sun", "control: PrefillShare's speaker": "prefillshare"}
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat.build import Loaded, init_family, load_modules, read_family
+from heliostat.build import init_family, load_modules, read_family
 from heliostat.family import SHARINGS, Row
 from heliostat.files import atomic_write_text, read_json
 from heliostat.tasks import TASKS
@@ -167,14 +167,6 @@ def _history(folder: Path, trial: Trial) -> list[list[float]]:
     log = folder / "family" / "runs" / trial.name / "log.jsonl"
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     return [[r["step"], round(r["loss"], 5)] for r in records]
-
-
-def memory_of(modules: Mapping[str, Loaded]) -> int:
-    """Bytes of all weights in memory, shared ones once."""
-    tensors = {
-        t.data_ptr(): t.numel() * t.element_size() for m in modules.values() for t in m.model.parameters()
-    }
-    return sum(tensors.values())
 
 
 def main() -> None:

@@ -66,14 +66,12 @@ class Linear(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def add_adapter(
-    model: nn.Module, name: str, *, r: int, alpha: float, targets: Iterable[str], rslora: bool = False
-) -> list[str]:
+def add_adapter(model: nn.Module, name: str, *, r: int, alpha: float, targets: Iterable[str]) -> list[str]:
     """Put a fresh adapter on every Linear whose last name is in ``targets``; returns their full names, sorted."""
     wanted, found = set(targets), []
     for path, module in list(model.named_modules()):
         if path.rsplit(".", 1)[-1] in wanted and isinstance(module, (nn.Linear, AdaptedLinear)):
-            put_adapter(model, path, name, r=r, scale=alpha / (math.sqrt(r) if rslora else r))
+            put_adapter(model, path, name, r=r, scale=alpha / r)
             found.append(path)
     return sorted(found)
 
@@ -101,13 +99,6 @@ def adapter_of(model: nn.Module, name: str) -> dict[str, LowRank]:
         if isinstance(module, AdaptedLinear) and _key(name) in module.adapters
     }
     return dict(sorted(found.items()))
-
-
-def remove_adapter(model: nn.Module, name: str) -> None:
-    """Take an adapter off; a Linear that carried no other stays wrapped, which changes nothing it computes."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLinear) and _key(name) in module.adapters:
-            del module.adapters[_key(name)]
 
 
 def _key(name: str) -> str:

@@ -192,25 +192,12 @@ class Batches:
     def steps_per_epoch(self) -> int:
         return -(-len(self._examples) // self._batch_size)
 
-    @property
-    def padding_share(self) -> float:
-        """Share of the first epoch's tokens that would be padding, in [0, 1)."""
-        lengths = [[len(self._examples[i].ids) for i in batch] for batch in self._plan(0)]
-        padded = sum(max(batch) * len(batch) for batch in lengths)
-        return 1 - sum(map(sum, lengths)) / padded
-
     def at(self, step: int) -> list[Example]:
         """The batch of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._planned[0] != epoch:
             self._planned = (epoch, self._plan(epoch))
         return [self._examples[i] for i in self._planned[1][place]]
-
-    def since(self, step: int) -> Iterator[tuple[int, list[Example]]]:
-        """(step, batch) from a step on, without end."""
-        while True:
-            yield step, self.at(step)
-            step += 1
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """Indices of every batch of an epoch."""

@@ -19,7 +19,7 @@ def test_there_is_a_line_for_the_base_every_method_and_both_controls(
     done: tuple[Path, dict[str, object]],
 ) -> None:
     names = [line["name"] for line in done[1]["lines"]]  # type: ignore[attr-defined]
-    assert names[0] == "base, untuned" and [m.name for m in demo.METHODS] == names[1:6]
+    assert names[0] == "base, untuned" and [m.label for m in demo.METHODS] == names[1:6]
     assert sum(name.startswith("control") for name in names) == 2
 
 
