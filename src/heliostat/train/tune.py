@@ -41,7 +41,7 @@ from heliostat.train.data import Batches, Example, Examples, read_examples
 from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.loop import Run, Settings, Watch
 from heliostat.train.objective import MemberObjective, evaluation_loss
-from heliostat.train.recipe import READERS_OF_KEYS, Pace, Recipe, Settled
+from heliostat.train.recipe import Pace, Recipe, Settled
 from heliostat.train.spellings import changes, to_yaml
 from heliostat.train.teacher import taught_examples
 from heliostat.train.watch import draw_loss
@@ -142,13 +142,14 @@ def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) 
     family = read_family(folder)
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
     settled = recipe.resolve(bf16=best_dtype() is torch.bfloat16, hidden_size=config.width)
+    settled.check_targets(config.linears)
     own = own_module_name(recipe.member, family.modules)
     row = SHARINGS[recipe.sharing].instantiate(own)
     if settled.max_length > config.max_length:
         settled = settled.model_copy(update={"max_length": config.max_length})
     teacher = _load_teacher(folder, family, settled)
-    data = _data(settled, tokenizer, row, teacher)
-    held_out = _held_out(settled, tokenizer) if recipe.eval_data else ()
+    data = learned(settled, tokenizer, row, teacher)
+    held_out = judged(settled, tokenizer)
     torch.manual_seed(recipe.seed)
     modules, parameters = _modules(folder, family, settled, row, own)
     if recipe.gradient_checkpointing:
@@ -238,7 +239,8 @@ def _keep_recipe(job: Job) -> None:
     atomic_write_text(path, to_yaml(job.recipe))
 
 
-def _data(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
+def learned(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
+    """The examples of all files. Raises Refused for bad lines, and for texts where the row parts a model in two."""
     found = []
     for path in recipe.data:
         options = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad, "too_long": recipe.too_long}
@@ -261,20 +263,20 @@ def _data(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | Non
     )
 
 
-def _held_out(recipe: Settled, tokenizer: Tokenizer) -> tuple[Example, ...]:
-    assert recipe.eval_data is not None
+def judged(recipe: Settled, tokenizer: Tokenizer) -> tuple[Example, ...]:
+    """Held-out examples, none where no eval_data are given; those that are too long are left out."""
+    if recipe.eval_data is None:
+        return ()
     return read_examples(recipe.eval_data, tokenizer, max_length=recipe.max_length, too_long="skip").examples
 
 
 def _notes(data: Examples) -> list[str]:
-    notes = (
-        [f"left out {len(data.bad)} bad lines, the first: line {data.bad[0].line}: {data.bad[0].reason}"]
-        if data.bad
-        else []
-    )
-    return notes + (
-        [f"left out {len(data.too_long)} records longer than max_length"] if data.too_long else []
-    )
+    left_out = (("bad lines", data.bad), ("records longer than max_length allows", data.too_long))
+    return [
+        f"left out {len(lines)} {what}, the first: line {lines[0].line}: {lines[0].reason}"
+        for what, lines in left_out
+        if lines
+    ]
 
 
 def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | None:
@@ -317,25 +319,10 @@ def _with_adapter(
 ) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
     assert recipe.r is not None and recipe.lora_alpha is not None and recipe.target_modules is not None
     model = loaded[BASE].model
-    _check_targets(recipe, model)
     add_adapter(model, own, r=recipe.r, alpha=recipe.lora_alpha, targets=recipe.target_modules)
     parts = adapter_of(model, own)
     parameters = {f"{path}.{name}": p for path, part in parts.items() for name, p in part.named_parameters()}
     return {**loaded, own: Loaded(own, "", BASE, model, own)}, parameters
-
-
-def _check_targets(recipe: Settled, model: nn.Module) -> None:
-    names = {
-        path.rsplit(".", 1)[-1] for path, module in model.named_modules() if isinstance(module, nn.Linear)
-    } - {"lm_head"}
-    unknown = sorted(set(recipe.target_modules or ()) - names)
-    if unknown:
-        raise Refused(f"target_modules {', '.join(unknown)}: this model has {', '.join(sorted(names))}")
-    idle = sorted(set(recipe.target_modules or ()) - set(READERS_OF_KEYS))
-    if idle and SHARINGS[recipe.sharing].targets == "query_side":
-        raise Refused(
-            f"target_modules {', '.join(idle)}: under {recipe.sharing!r} the member writes no keys or values"
-        )
 
 
 def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:

@@ -94,6 +94,23 @@ def test_what_the_teacher_does_not_end_or_cannot_read_is_left_out_or_refused(
     assert len(found.examples) + len(found.too_long) == 25
 
 
+def test_what_memory_does_not_hold_is_left_out_and_counted(
+    prompts: Path, teacher: Loaded, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "add " * 30}) + "\n")
+    wanted = taught_examples(prompts, tokenizer, teacher, max_length=64, too_long="skip")
+    monkeypatch.setattr("heliostat.train.teacher.longest_that_fits", lambda model, cache_mib: 64)
+    found = taught_examples(prompts, tokenizer, teacher, max_length=250)
+    assert found.examples == wanted.examples
+    assert {bad.line for bad in found.too_long} == {bad.line for bad in wanted.too_long}
+    assert any("memory for the teacher holds 64" in bad.reason for bad in found.too_long)
+    short = 1 + len(tokenizer.prompt_ids([{"role": "user", "content": QUESTIONS[0]}]))
+    monkeypatch.setattr("heliostat.train.teacher.longest_that_fits", lambda model, cache_mib: short)
+    with pytest.raises(Refused, match=f"no answer within {short} tokens, which is what 1024 MiB"):
+        taught_examples(prompts, tokenizer, teacher, max_length=250)
+
+
 @pytest.mark.parametrize(("sharing", "tuner"), [("sun", "full"), ("prefillshare", "lora")])
 def test_a_row_learns_from_prompts_alone_what_an_imported_teacher_says(
     family: Path, prompts: Path, tune_member: Tune, sharing: str, tuner: str
