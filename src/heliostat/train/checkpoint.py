@@ -90,8 +90,8 @@ def resume(
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
         _restore(parameters, optimizer, moments)
-        for broken, error in damaged:
-            warnings.warn(f"{error}; going on from {path.name}", stacklevel=1)
+        for broken, reason in damaged:
+            warnings.warn(f"{reason}; going on from {path.name}", stacklevel=1)
             discard(broken)
         return progress
     if damaged:
