@@ -7,7 +7,7 @@ what it keeps for the backward pass and how long it takes. Everything else is co
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from heliostat.model.config import ModelConfig, adapter_parameters
 from heliostat.model.seam import Causal
 from heliostat.model.transformer import Block
 from heliostat.ops.rope import cos_sin, inverse_frequencies
-from heliostat.train.data import Batches, Example, read_examples
+from heliostat.train.data import Batches, Example
 from heliostat.train.recipe import READERS_OF_KEYS, Recipe, Settled
 from heliostat.train.sharing import lay_out
+from heliostat.train.tune import judged, learned
 from heliostat.train.watch import resident_mib
 
 MIB = 2**20
@@ -105,10 +106,12 @@ def forecast(recipe: Recipe) -> Forecast:
         )
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
     settled = recipe.resolve(bf16=best_dtype() is torch.bfloat16, hidden_size=config.width)
-    options = {"max_length": min(settled.max_length, config.max_length), "skip_bad": settled.skip_bad}
-    found = [read_examples(p, tokenizer, too_long=settled.too_long, **options) for p in settled.data]  # type: ignore[arg-type]
-    examples = [example for each in found for example in each.examples]
+    settled.check_targets(config.linears)
+    settled = settled.model_copy(update={"max_length": min(settled.max_length, config.max_length)})
     row = SHARINGS[settled.sharing].instantiate("own")
+    data = learned(settled, tokenizer, row, teacher=None)
+    judged(settled, tokenizer)
+    examples = data.examples
     mean, worst = _tokens(examples, settled, row)
     trainable, own_weights = _own(config, settled)
     probes = {name: _probe(config, settled, row, name) for name in worst}
@@ -121,7 +124,7 @@ def forecast(recipe: Recipe) -> Forecast:
         trainable=trainable,
         frozen=frozen,
         examples=len(examples),
-        answer_tokens=sum(each.answer_tokens for each in found),
+        answer_tokens=data.answer_tokens,
         steps=settled.total_steps(steps_per_epoch),
         tokens_per_step={name: count * settled.gradient_accumulation_steps for name, count in mean.items()},
         weights=own_weights
@@ -147,7 +150,9 @@ def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
     return trained, config.parameters * (6 if recipe.bf16 else 4)
 
 
-def _tokens(examples: list[Example], recipe: Settled, row: Row) -> tuple[dict[str, float], dict[str, int]]:
+def _tokens(
+    examples: Sequence[Example], recipe: Settled, row: Row
+) -> tuple[dict[str, float], dict[str, int]]:
     """Padded tokens that each module runs in a micro-batch: mean and most."""
     batches = Batches(examples, batch_size=recipe.per_device_train_batch_size, seed=recipe.seed)
     layouts = [lay_out(batches.at(step), row) for step in range(min(batches.steps_per_epoch, 64))]
@@ -160,7 +165,7 @@ def _tokens(examples: list[Example], recipe: Settled, row: Row) -> tuple[dict[st
     return {n: sum(c) / len(layouts) for n, c in counts.items()}, {n: max(c) for n, c in counts.items()}
 
 
-def _head_bytes(config: ModelConfig, examples: list[Example], recipe: Settled) -> int:
+def _head_bytes(config: ModelConfig, examples: Sequence[Example], recipe: Settled) -> int:
     """Logits, their log-softmax and its gradient, float32, for the answer tokens of a large micro-batch."""
     longest = sorted((sum(b - a for a, b in e.answers) for e in examples), reverse=True)
     return 3 * 4 * config.vocabulary * sum(longest[: recipe.per_device_train_batch_size])

@@ -7,7 +7,7 @@ every `auto` is a value. Reading, writing and other tools' spellings are in trai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -243,6 +243,17 @@ class Settled(Recipe):
     def warmup_steps(self, total: int) -> int:
         """Steps of warm-up in a run of so many."""
         return round(self.warmup_ratio * total)
+
+    def check_targets(self, linears: Iterable[str]) -> None:
+        """Refuse target_modules that are none of the model's ``linears``, or that the sharing never uses."""
+        targets, names = set(self.target_modules or ()), set(linears)
+        if unknown := sorted(targets - names):
+            raise Refused(f"target_modules {', '.join(unknown)}: this model has {', '.join(sorted(names))}")
+        idle = sorted(targets - set(READERS_OF_KEYS))
+        if idle and SHARINGS[self.sharing].targets == "query_side":
+            raise Refused(
+                f"target_modules {', '.join(idle)}: under {self.sharing!r} the member writes no keys or values"
+            )
 
 
 def _filled_in(recipe: Pace, settled: Mapping[str, Any]) -> dict[str, Any]:
