@@ -194,11 +194,19 @@ def _rows(
     if recipe.eval_data is not None:
         held_out = _from_file(recipe.eval_data, tokenizer)
     else:
-        cut = max(1, round(len(documents) * HELD_OUT_SHARE))
-        documents, held_out = documents[cut:], documents[:cut]
+        documents, held_out = _parted(documents)
     rows = PackedRows.of(documents, recipe.max_length)
     echo(f"{len(documents):,} documents, {rows.ids.numel():,} tokens in rows of {recipe.max_length}")
     return rows, PackedRows.of(held_out, min(recipe.max_length, sum(map(len, held_out))))
+
+
+def _parted(documents: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """What is learned and what is held out: whole documents, or the end of the only one."""
+    if len(documents) == 1:
+        cut = max(2, round(len(documents[0]) * HELD_OUT_SHARE))  # of one token nothing is spoken
+        return [documents[0][:-cut]], [documents[0][-cut:]]
+    cut = max(1, round(len(documents) * HELD_OUT_SHARE))
+    return documents[cut:], documents[:cut]
 
 
 def _embedded(recipe: SettledPretraining, tokenizer: Tokenizer) -> list[list[int]]:
