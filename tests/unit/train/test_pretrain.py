@@ -1,0 +1,202 @@
+"""A base from scratch: texts in, an ordinary checkpoint out that transformers reads alike; runs that were cut go on."""
+
+import json
+import os
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from heliostat.build import init_family, load_modules, load_tokenizer, read_family
+from heliostat.errors import Refused
+from heliostat.llm import LLM
+from heliostat.model.seam import Causal
+from heliostat.model.weights import read_tensors, weight_files
+from heliostat.train.loop import Interrupted
+from heliostat.train.pretrain import Pretrained, new_model, paragraphs, pretrain
+from heliostat.train.recipe import PretrainRecipe
+from heliostat.train.watch import Silent
+
+SUMS = "\n\n".join(f"{a} and {b} is {a + b}" for a in range(12) for b in range(5))
+WORDS = "\n\n".join(f"the word {w} comes before {w}s\n and  after  that\n\n" for w in "abcdefghij")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[str, str]:
+    one, two = tmp_path / "sums.txt", tmp_path / "words.txt"
+    one.write_text(SUMS)
+    two.write_text(WORDS)
+    return str(one), str(two)
+
+
+def recipe(out: Path, *data: str, **options: Any) -> PretrainRecipe:
+    facts = {
+        "output_dir": str(out),
+        "data": data,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 24,
+        "vocab_size": 280,
+        "max_position_embeddings": 64,
+        "max_length": 32,
+        "max_steps": 6,
+        "learning_rate": 0.02,
+        "logging_steps": 1,
+        "bf16": False,
+    }
+    return PretrainRecipe(**{**facts, **options})
+
+
+def run(asked: PretrainRecipe, watch: Any = None, **options: Any) -> Pretrained:
+    return pretrain(asked, watching=lambda settled: nullcontext(watch or Silent()), **options)
+
+
+class Impatient:
+    """Presses Ctrl-C in the third step."""
+
+    def step(self, record: Any) -> None:
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# The result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"architecture": "qwen3", "tie_word_embeddings": False, "head_dim": 12}, {"architecture": "qwen2"}],
+    ids=["llama", "qwen3", "qwen2"],
+)
+def test_two_texts_become_a_base_that_transformers_reads_alike(
+    texts: tuple[str, str], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    told: list[str] = []
+    result = run(recipe(tmp_path / "base", *texts, **options), echo=told.append)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert result.tokens == 6 * 8 * 32 and "documents" in told[-1]
+    family = init_family(tmp_path / "fam", result.folder)
+    assert family.module("base").parameters == result.parameters
+    ours = load_modules(tmp_path / "fam", family, ["base"], dtype=torch.float32)["base"].model
+    theirs = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(result.folder).encode("3 and 4 is the word")])
+    assert ids[0].tolist() == load_tokenizer(tmp_path / "fam", family).plain_prompt_ids("3 and 4 is the word")
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        logits = ours.logits(ours(ids, positions, Causal()))
+        torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    assert {t.dtype for _, t in read_tensors(weight_files(result.folder))} == {torch.bfloat16}
+    assert LLM(tmp_path / "fam", dtype="float32", cache_mib=4).generate("3 and 4", max_tokens=2)
+
+
+def test_records_are_learned_as_well(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    items = [{"prompt": f"add {a} and {b}", "completion": str(a + b)} for a in range(5) for b in range(5)]
+    data.write_text("".join(json.dumps(item) + "\n" for item in items))
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in SUMS.split("\n\n")))
+    result = run(recipe(tmp_path / "base", str(data), str(lines), max_steps=2, eval_data=str(lines)))
+    assert result.history[-1]["eval_loss"] > 0
+    assert set(read_family_of(result, tmp_path).modules) == {"base"}
+
+
+def read_family_of(result: Pretrained, tmp_path: Path) -> Any:
+    init_family(tmp_path / "fam", result.folder)
+    return read_family(tmp_path / "fam")
+
+
+def test_a_given_tokenizer_is_kept(texts: tuple[str, str], tmp_path: Path, tiny_base: Path) -> None:
+    result = run(recipe(tmp_path / "base", *texts, tokenizer=str(tiny_base), max_steps=1, vocab_size=320))
+    assert (result.folder / "tokenizer.json").read_bytes() == (tiny_base / "tokenizer.json").read_bytes()
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["vocab_size"] == 320 and not (tmp_path / "base.run" / "tokenizer").exists()
+
+
+def test_a_text_without_empty_lines_is_held_out_at_its_end(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.txt"
+    whole.write_text("one two three four five six seven. " * 60)
+    result = run(recipe(tmp_path / "base", str(whole), max_steps=1))
+    assert result.history[-1]["eval_loss"] > 0
+
+
+def test_a_fresh_model_is_small_at_the_ends_of_its_branches() -> None:
+    settled = recipe(Path("x"), "y", hidden_size=64, intermediate_size=128).resolve(bf16=False)
+    state = dict(new_model(settled, 300).named_parameters())
+    spread = {name.rsplit(".", 2)[-2]: float(p.detach().std()) for name, p in state.items() if p.dim() > 1}
+    assert spread["q_proj"] == pytest.approx(64**-0.5, rel=0.1)
+    assert spread["o_proj"] == pytest.approx(64**-0.5 / 2, rel=0.1)
+    assert spread["embed_tokens"] == pytest.approx(0.02, rel=0.1)
+    again = dict(new_model(settled, 300).named_parameters())
+    assert all(torch.equal(again[name], p) for name, p in state.items())
+
+
+# Runs that were cut
+
+
+def test_a_cut_run_goes_on_and_ends_as_if_it_had_not_been(texts: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(recipe(tmp_path / "cut", *texts), Impatient())
+    assert not (tmp_path / "cut").exists()
+    resumed = run(recipe(tmp_path / "cut", *texts, resume_from_checkpoint=True))
+    whole = run(recipe(tmp_path / "whole", *texts))
+    assert [r["loss"] for r in resumed.history] == [r["loss"] for r in whole.history]
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("cut", "whole"))
+    assert one == two
+    left = {p.name for p in (tmp_path / "cut.run").iterdir()}
+    assert {"log.jsonl", "loss.svg", "recipe.yaml"} <= left
+    assert not any("checkpoint" in name or "partial" in name for name in left)
+
+
+def test_another_text_is_another_run(texts: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(recipe(tmp_path / "base", *texts), Impatient())
+    Path(texts[0]).write_text(SUMS.replace("is", "IS"))
+    with pytest.raises(Refused, match="belongs to another recipe, data or base"):
+        run(recipe(tmp_path / "base", *texts))
+    assert run(recipe(tmp_path / "base", *texts, resume_from_checkpoint=False)).history[0]["step"] == 1
+
+
+# What is refused
+
+
+def test_an_output_that_exists_is_not_written_over(texts: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    with pytest.raises(Refused, match=r"base is already there; choose another output_dir, or remove it"):
+        run(recipe(tmp_path / "base", *texts))
+    assert not (tmp_path / "base.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"good until h\xe9re", "data.txt is not UTF-8: byte at position 12"),
+        (b"", "data.txt holds no text"),
+        (b" \n\n \n", "data.txt holds no text"),
+        (None, "data.txt is missing"),
+        (b"too\n\nshort", r"the text has \d+ tokens, less than one row of max_length 32"),
+    ],
+)
+def test_texts_that_cannot_be_learned(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "data.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(Refused, match=message):
+        run(recipe(tmp_path / "base", str(path)))
+    assert not (tmp_path / "base").exists()
+
+
+def test_wishes_that_cannot_be_met(texts: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="resume-from-checkpoint true, but .* holds no checkpoint"):
+        run(recipe(tmp_path / "base", *texts, resume_from_checkpoint=True))
+    with pytest.raises(Refused):
+        run(recipe(tmp_path / "base", *texts, tokenizer=str(tmp_path / "nowhere")))
+
+
+def test_paragraphs_are_cut_at_empty_lines(texts: tuple[str, str]) -> None:
+    assert paragraphs(Path(texts[0])) == SUMS.split("\n\n")
+    assert paragraphs(Path(texts[1]))[1] == "the word b comes before bs\n and  after  that"
