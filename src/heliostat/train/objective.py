@@ -14,7 +14,6 @@ from heliostat.model.seam import Causal
 from heliostat.train.data import Batches, Example
 from heliostat.train.sharing import Layout, lay_out, log_probabilities, speak, to_device
 
-
 COLUMNS = 8
 """Batches are padded to a multiple of so many tokens: shapes that recur find their kernels compiled."""
 

@@ -22,7 +22,6 @@ from heliostat.family import Row
 from heliostat.model.seam import Causal, KeyValues, Reading, Recording
 from heliostat.train.data import Example
 
-
 RECURRING = 64
 """Spoken tokens are padded to a multiple of so many rows before the head."""
 

@@ -138,7 +138,7 @@ def test_a_failing_pass_can_be_tried_again(engine: Engine, monkeypatch: pytest.M
 
 def test_numbers_that_are_none_end_their_request_and_no_other(base: Loaded, tokenizer: Tokenizer) -> None:
     broken = copy.deepcopy(base.model)
-    broken.model.layers[0].self_attn.v_proj.weight.data[:] = torch.nan
+    broken.get_parameter("model.layers.0.self_attn.v_proj.weight").data[:] = torch.nan
     modules = {"base": base, "broken": Loaded("broken", "other", "broken", broken)}
     engine = Engine(modules, tokenizer, max_length=64, pages=6, page_size=4)
     want, good = run(engine, ask(engine)), ask(engine)

@@ -1,6 +1,5 @@
 """Low-rank adapters as a way to be a Linear: many on one weight, chosen row by row."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

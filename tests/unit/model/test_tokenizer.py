@@ -177,10 +177,13 @@ class TestTimeLimit:
             tokenizer_folder(template="{% if messages|length > 1 %}" + ENDLESS + "{% endif %}ok")
         )
         refused: list[str] = []
+
+        def slowly(*_: object) -> str:
+            time.sleep(1)
+            return ""
+
         # What the thread left behind goes on working, so it is given less to do.
-        monkeypatch.setattr(
-            Tokenizer, "_rendered", Tokenizer._rendered if main else lambda *_: time.sleep(1) or ""
-        )
+        monkeypatch.setattr(Tokenizer, "_rendered", Tokenizer._rendered if main else slowly)
 
         def ask() -> None:
             with pytest.raises(Refused, match=r"the chat template did not end within 0.2 s"):
