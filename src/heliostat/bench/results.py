@@ -22,7 +22,7 @@ from rich.console import Console
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.methods import METHODS, Method
-from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, write_data
+from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, kept_at, write_data
 from heliostat.files import atomic_write_text, read_json
 from heliostat.plot import bars, lines
 from heliostat.tasks import TASKS
@@ -48,16 +48,21 @@ def best(folder: Path, trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda t: (_kept(folder, t)["validation"], -t.learning_rate))
 
 
-def run_all(folder: Path, trials: Sequence[Trial], *, workers: int, console: Console) -> None:
-    """Run the trials that are missing, ``workers`` at a time; one that fails is named and stops the rest."""
-    waiting = [t for t in trials if not (folder / "trials" / f"{t.name}.json").exists()]
+def run_all(
+    folder: Path, trials: Sequence[Trial], *, workers: int, console: Console, half: str | None = None
+) -> None:
+    """Run the trials that are missing, ``workers`` at a time; one that fails is named and stops the rest.
+
+    ``half``: do not tune, but judge their modules as that half (see ``trial.main``).
+    """
+    waiting = [t for t in trials if not kept_at(folder, t, half).exists()]
     running: dict[str, subprocess.Popen[bytes]] = {}
     total, begin = len(waiting), time.perf_counter()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 trial = waiting.pop(0)
-                running[trial.name] = _start(folder, trial)
+                running[kept_at(folder, trial, half).stem] = _start(folder, trial, half)
             time.sleep(0.2)
             for name in [n for n, process in running.items() if process.poll() is not None]:
                 if running.pop(name).returncode:
@@ -69,11 +74,12 @@ def run_all(folder: Path, trials: Sequence[Trial], *, workers: int, console: Con
             process.terminate()
 
 
-def _start(folder: Path, trial: Trial) -> subprocess.Popen[bytes]:
+def _start(folder: Path, trial: Trial, half: str | None) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "heliostat.bench.trial", "--folder", str(folder)]
     for name in ("task", "sharing", "tuner", "learning_rate", "seed", "steps"):
         words += [f"--{name.replace('_', '-')}", str(getattr(trial, name))]
-    log = folder / "logs" / f"{trial.name}.log"
+    words += ["--as", half] if half else []
+    log = folder / "logs" / f"{kept_at(folder, trial, half).stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         return subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
@@ -94,6 +100,11 @@ def measure(
         chosen = {m.name: best(folder, search(task, m, steps)) for m in METHODS}
         seeds = [replace(trial, seed=seed) for trial in chosen.values() for seed in SEEDS]
         run_all(folder, seeds, workers=workers, console=console)
+        full = chosen[METHODS[0].name]
+        for sharing in CONTROLS.values():
+            ordinary = [replace(full, seed=seed) for seed in SEEDS]
+            run_all(folder, ordinary, workers=workers, console=console, half=sharing)
+        run_all(folder, [full], workers=workers, console=console, half="base")
         tables[task] = _task_table(folder, task, chosen)
         console.print(*_rows(tables[task]), sep="\n")
     return tables
@@ -155,7 +166,7 @@ def paired_difference(
 
 
 def _kept(folder: Path, trial: Trial) -> dict[str, Any]:
-    return read_json(folder / "trials" / f"{trial.name}.json")
+    return read_json(kept_at(folder, trial))
 
 
 def write(folder: Path, tables: Mapping[str, Any], birth: Mapping[str, Any]) -> Path:

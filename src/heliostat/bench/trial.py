@@ -22,6 +22,9 @@ from heliostat.train.spellings import make_recipe
 
 EMBEDDED_BASE = Path(__file__).parent.parent / "assets" / "base"
 
+ANSWER_TOKENS = 96
+"""Where an answer is cut: twice the longest reference of any embedded task."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
@@ -50,7 +53,7 @@ def run(
     trial: Trial, folder: Path, *, watching: Callable[[Any], AbstractContextManager[Any]] | None = None
 ) -> dict[str, Any]:
     """Tune and judge; the result is kept in ``folder`` and a finished trial is not run again."""
-    kept = folder / "trials" / f"{trial.name}.json"
+    kept = kept_at(folder, trial)
     if kept.exists():
         return read_json(kept)
     from heliostat.train.tune import tune
@@ -69,6 +72,12 @@ def run(
     kept.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(kept, json.dumps(result) + "\n")
     return result
+
+
+def kept_at(folder: Path, trial: Trial, half: str | None = None) -> Path:
+    """Where a result lies: of a trial, of its module as another sharing's ``half``, or of the ``base``."""
+    name = {None: trial.name, "base": f"{trial.task}-base"}.get(half, f"{trial.name}.as-{half}")
+    return folder / "trials" / f"{name}.json"
 
 
 def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
@@ -99,7 +108,10 @@ def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
     modules = load_modules(family_folder, family, row.modules, dtype=best_dtype())
     llm = LLM.of(modules, {"judged": row}, load_tokenizer(family_folder, family), max_running=128)
     metric = TASKS[trial.task].metric
-    found = {part: evaluate(llm, "judged", files[part], metric=metric) for part in ("validation", "test")}
+    found = {
+        part: evaluate(llm, "judged", files[part], metric=metric, max_tokens=ANSWER_TOKENS)
+        for part in ("validation", "test")
+    }
     samples = [asdict(item) for item in found["test"].items[:6]]
     return {
         "validation": found["validation"].accuracy,
@@ -111,7 +123,7 @@ def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
 
 def as_half(ordinary: Trial, sharing: str, folder: Path) -> dict[str, Any]:
     """Negative control: an ordinary fine-tune used, untrained for it, as the own half of another sharing's row."""
-    kept = folder / "trials" / f"{ordinary.name}.as-{sharing}.json"
+    kept = kept_at(folder, ordinary, sharing)
     if kept.exists():
         return read_json(kept)
     own = read_family(folder / "family").row(ordinary.name).speaker
@@ -126,7 +138,7 @@ def as_half(ordinary: Trial, sharing: str, folder: Path) -> dict[str, Any]:
 
 def base_alone(trial: Trial, folder: Path) -> dict[str, Any]:
     """The untuned base on the trial's task."""
-    kept = folder / "trials" / f"{trial.task}-base.json"
+    kept = kept_at(folder, trial, "base")
     if kept.exists():
         return read_json(kept)
     result = {"trial": asdict(trial), **judge(trial, Row("base", "base", "base", "base"), folder)}
@@ -185,15 +197,20 @@ def main() -> None:
         ("steps", int),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument(
+        "--as", dest="half", help="judge the tuned module untrained in this sharing's row; base: the base"
+    )
     given = vars(parser.parse_args())
-    folder, threads = given.pop("folder"), given.pop("threads")
+    folder, threads, half = given.pop("folder"), given.pop("threads"), given.pop("half")
     import torch
 
     torch.set_num_threads(threads)
-    result = run(Trial(**given), folder)
-    print(
-        json.dumps({"name": Trial(**given).name, "validation": result["validation"], "test": result["test"]})
-    )
+    trial = Trial(**given)
+    if half is None:
+        result = run(trial, folder)
+    else:
+        result = base_alone(trial, folder) if half == "base" else as_half(trial, half, folder)
+    print(json.dumps({"name": trial.name, "validation": result["validation"], "test": result["test"]}))
 
 
 if __name__ == "__main__":

@@ -48,17 +48,26 @@ class Evaluation:
         return {"metric": self.metric, "accuracy": accuracy, "items": len(self.items), "cut": self.cut}
 
 
-def evaluate(llm: LLM, member: str, data: str | Path, *, metric: str, limit: int | None = None) -> Evaluation:
+def evaluate(
+    llm: LLM,
+    member: str,
+    data: str | Path,
+    *,
+    metric: str,
+    limit: int | None = None,
+    max_tokens: int = LONGEST_ANSWER,
+) -> Evaluation:
     """Greedy answers of ``member`` to the prompts of a jsonl file, graded. Raises Refused, with its number, for a bad line.
 
-    Of a conversation the last answer is asked for; the earlier ones are taken from the data.
+    Of a conversation the last answer is asked for; the earlier ones are taken from the data. Answers are cut, and
+    counted as cut, after ``max_tokens``.
     """
     records = [r for r in read_jsonl(data).records if r.answer is not None][:limit]
     if not records:
         raise Refused(f"{data} holds texts without prompts: there is no answer to grade")
     prompts = [_prompt(llm, record, data) for record in records]
     # The engine ends an answer at its own request's length: a long prompt takes no room from the others.
-    answers = llm.generate(prompts, member=member, max_tokens=LONGEST_ANSWER)
+    answers = llm.generate(prompts, member=member, max_tokens=max_tokens)
     graded = [
         Graded(r.question[-1].content, a.text, r.answer or "", grade(metric, a.text, r.answer or ""))
         for r, a in zip(records, answers, strict=True)
