@@ -105,6 +105,26 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def _page(rows: Mapping[str, Mapping[str, Any]], birth: Mapping[str, Any]) -> str:
+    """The table as a page."""
+    lines = [
+        "# A training step beside its cost model",
+        "",
+        "The cost model of a row is the time of the bare passes that it asks for, over the same padded tensors, and the",
+        f"optimizer's step; limit {LIMIT}. Medians of {birth['repeats']} steps, timed in turn; batch 32, task `tools`.",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}",
+        "",
+        "| sharing, tuner | step | cost model | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {row['step'] * 1e3:.0f} ms | {row['model'] * 1e3:.0f} ms | {row['ratio']:.2f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
 def main() -> None:
     """Measure every case and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -139,6 +159,7 @@ def main() -> None:
     atomic_write_text(
         given.docs / "step-time.json", json.dumps({"birth": birth, "rows": rows}, indent=1) + "\n"
     )
+    atomic_write_text(given.docs / "step-time.md", _page(rows, birth))
 
 
 if __name__ == "__main__":
