@@ -8,6 +8,7 @@ import pytest
 
 from heliostat.build import read_family
 from heliostat.llm import LLM
+from heliostat.train.evaluate import evaluate
 from tests.unit.cli.conftest import Heliostat
 
 
@@ -34,7 +35,8 @@ def test_eval_counts_right_answers_and_the_family_remembers(
 def test_answers_that_are_cut_are_counted(
     heliostat: Heliostat, tiny_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("heliostat.train.evaluate.LONGEST_ANSWER", 1)
+    assert evaluate.__kwdefaults__ is not None
+    monkeypatch.setitem(evaluate.__kwdefaults__, "max_tokens", 1)
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "add 2 and 3", "completion": "5"}\n' * 2)
     words = ["eval", tiny_family, "--member", "solo", "--data", data]
