@@ -147,7 +147,6 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
         if licence
         else "The base's licence applies; its files lie beside this card where it has any."
     )
-    base = facts["digests"]["base"]
     return "\n".join(
         [
             *head,
@@ -159,13 +158,15 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
             "|---|---|",
             table,
             "",
-            f"Base: SHA-256 digest `{base}` over its tensors and configuration. Another base gives other answers.",
-            "",
+            *_base_line(facts),
             "## Run it",
             "",
-            "With heliostat: `heliostat generate FAMILY --member " + member + ' --prompt "..."`.',
+            f'With heliostat: `heliostat generate FAMILY --member {member} --dtype float32 --prompt "..."`.',
             "",
-            'With two models in transformers: `python reproduce.py --base PATH_OF_THE_BASE --prompt "..."`.',
+            _without_heliostat(facts),
+            "",
+            "Greedy answers are the same in the same number format; left out, heliostat's `--dtype` is bfloat16 where",
+            "the hardware multiplies it, the script's is float32.",
             "",
             "## Evaluation",
             "",
@@ -177,6 +178,24 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
             "",
         ]
     )
+
+
+def _base_line(facts: Mapping[str, Any]) -> list[str]:
+    """Which base it needs, where it needs one."""
+    if facts["alone"]:
+        return []
+    digest = facts["digests"]["base"]
+    return [
+        f"Base: SHA-256 digest `{digest}` over tensors and configuration. Another base gives other answers.",
+        "",
+    ]
+
+
+def _without_heliostat(facts: Mapping[str, Any]) -> str:
+    """How to answer with transformers alone."""
+    if facts["alone"]:
+        return 'With transformers: `python reproduce.py --prompt "..."`, or `from_pretrained` this folder.'
+    return 'With two models in transformers: `python reproduce.py --base PATH_OF_THE_BASE --prompt "..."`.'
 
 
 def _standing(facts: Mapping[str, Any]) -> str:

@@ -73,7 +73,9 @@ def main():
     )
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--dtype", default="float32", help="float32 or bfloat16: compare answers in the same one"
+    )
     parser.add_argument("--json", action="store_true", help="print token ids and text as JSON")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)

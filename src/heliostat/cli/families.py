@@ -55,7 +55,7 @@ def bring_in(
     ],
     as_json: Json = False,
 ) -> None:
-    """It is served as `independent`: all of it is its own, nothing is shared."""
+    """It is served as `independent`; a member that `export` wrote comes back in the row it was tuned for."""
     from heliostat.export import import_member
 
     entry = import_member(family, member, source)
@@ -63,9 +63,9 @@ def bring_in(
         return print_json({"member": member, "sharing": entry.sharing, "modules": list(entry.row.modules)})
     print(f"{member} is a member now, sharing {entry.sharing}: {', '.join(entry.row.modules)}")
     convert = ["--member", "NEW", "--sharing", "sun", "--teacher", member, "--data", "PROMPTS.jsonl"]
-    print_next(
-        [["generate", family, "--member", member, "--prompt", "your prompt"], ["train", family, *convert]]
-    )
+    ask: list[object] = ["generate", family, "--member", member, "--prompt", "your prompt"]
+    # Only a whole model can teach; an exported half that came back is in a shared row already.
+    print_next([ask, ["train", family, *convert]] if entry.row.alone else [ask])
 
 
 def export(

@@ -98,7 +98,7 @@ class Records:
         lines = [f"  {self.path}:{bad.line}: {bad.reason}" for bad in self.bad[:SHOWN]]
         if len(self.bad) > SHOWN:
             lines.append(f"  ... and {len(self.bad) - SHOWN} more")
-        way_out = "mend them, or leave them out with --skip-bad" if self.records else "mend them"
+        way_out = "mend them, or leave them out (train --skip-bad)" if self.records else "mend them"
         if not self.format:
             way_out = f"lines should look like {_wanted()}"
         return "\n".join([f"{head}:", *lines, way_out])
