@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from heliostat.bench.methods import RANK
 from heliostat.build import init_family, load_modules, read_family
 from heliostat.family import SHARINGS, Row
 from heliostat.files import atomic_write_text, read_json
@@ -37,7 +38,7 @@ class Trial:
     seed: int
     steps: int
     batch: int = 32
-    r: int = 16
+    r: int = RANK
     train_items: int = 10_000
     test_items: int = 1_000
     validation_items: int = 300
@@ -46,7 +47,8 @@ class Trial:
     def name(self) -> str:
         """Name of the member it makes."""
         rate = f"{self.learning_rate:g}"
-        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}"
+        rank = f"-r{self.r}" if self.tuner == "lora" and self.r != RANK else ""
+        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}"
 
 
 def run(
@@ -197,6 +199,7 @@ def main() -> None:
         ("steps", int),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument("--r", type=int, default=RANK, help="rank of an adapter")
     parser.add_argument(
         "--as", dest="half", help="judge the tuned module untrained in this sharing's row; base: the base"
     )
