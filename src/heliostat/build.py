@@ -136,19 +136,35 @@ def describe_module(folder: Path, name: str, path: str, *, base: str | None, fam
 
 
 def verify_module(folder: Path, family: Family, name: str, *, fresh: bool = False) -> None:
-    """Refuse a module whose files are not those the family remembers."""
+    """Refuse a module whose files, or whose weights' files, are not those the family remembers."""
+    base = family.module(name).base
+    if base is not None:
+        verify_files(folder, family, base, fresh=fresh)
+    verify_files(folder, family, name, fresh=fresh)
+
+
+def verify_files(folder: Path, family: Family, name: str, *, fresh: bool = False) -> None:
+    """Refuse a module whose own files changed; the weights under an adapter are taken as remembered."""
     module = family.module(name)
-    now = module_digest(folder, family, name, fresh=fresh)
-    if now != module.digest:
-        users = sorted(m.name for m in family.members.values() if name in m.row.modules)
-        mend = (
-            "put the original files back, or make a new family from the changed ones: heliostat init NEW --base "
-            + str(module_folder(folder, module))
+    path = module_folder(folder, module)
+    if module.base is None:
+        now = module_digest(folder, family, name, fresh=fresh)
+    else:
+        now = digest_adapter(path, family.module(module.base).digest, fresh=fresh)
+    if now == module.digest:
+        return
+    users = sorted(family.users(name))
+    mend = "put the original files back, or "
+    if name == BASE:
+        mend += f"make a new family from the changed ones: heliostat init NEW --base {path}"
+    else:
+        mend += (
+            f"train again what uses it (first heliostat member rm {folder} {users[0] if users else 'MEMBER'})"
         )
-        raise Refused(
-            f"module {name!r} changed: family.json has digest {module.digest[:12]}, its files have {now[:12]}. "
-            f"Members tuned with it ({', '.join(users) or 'none'}) would answer wrongly; {mend}"
-        )
+    raise Refused(
+        f"module {name!r} changed: family.json has digest {module.digest[:12]}, its files have {now[:12]}. "
+        f"Members tuned with it ({', '.join(users) or 'none'}) would answer wrongly; {mend}"
+    )
 
 
 def verify_member(family: Family, name: str) -> None:

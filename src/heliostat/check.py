@@ -14,8 +14,8 @@ from heliostat.build import (
     load_tokenizer,
     modules_of,
     read_family,
+    verify_files,
     verify_member,
-    verify_module,
 )
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Row, choose
@@ -78,7 +78,7 @@ def check_family(
 def _files(folder: Path, family: Family) -> Iterator[Finding]:
     for name, module in family.modules.items():
         try:
-            verify_module(folder, family, name, fresh=True)
+            verify_files(folder, family, name, fresh=True)
             yield Finding(
                 f"module {name}", True, f"{module.parameters:,} parameters, digest {module.digest[:12]}"
             )

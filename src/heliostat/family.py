@@ -236,6 +236,14 @@ class Family:
             )
         return found
 
+    def users(self, module: str) -> tuple[str, ...]:
+        """Members whose rows name a module, or an adapter on it."""
+        return tuple(
+            m.name
+            for m in self.members.values()
+            if any(module in (name, self.module(name).weights) for name in m.row.modules)
+        )
+
     def with_module(self, module: Module) -> Family:
         return Family({**self.modules, module.name: module}, self.members, self.tokenizer)
 

@@ -26,6 +26,7 @@ class ModuleFacts:
     bytes: int
     digest: str
     users: tuple[str, ...]
+    """Members that run it, or an adapter on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +124,8 @@ def _resting_on(family: Family, names: Iterable[str]) -> set[str]:
 def _module(family: Family, name: str, size: int) -> ModuleFacts:
     module = family.module(name)
     kind = "weights" if module.base is None else f"adapter on {module.base}"
-    users = tuple(m.name for m in family.members.values() if name in m.row.modules)
-    return ModuleFacts(name, kind, module.parameters, module.parameters * size, module.digest, users)
+    taken = module.parameters * size
+    return ModuleFacts(name, kind, module.parameters, taken, module.digest, family.users(name))
 
 
 def _member(family: Family, member: Member) -> MemberFacts:

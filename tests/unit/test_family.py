@@ -178,6 +178,7 @@ def test_partners_are_those_whose_part_runs_on_the_same_weights(family: Family) 
     }
     assert family.partners("solo") == {"prompt_writer": (), "answer_writer": (), "speaker": ()}
     assert family.partners("twin")["speaker"] == ()
+    assert family.users(BASE) == ("math", "code", "plan", "twin") and family.users("plan.own") == ("plan",)
     assert family.module("plan.own").weights == BASE and family.module("math.own").weights == "math.own"
 
 

@@ -40,6 +40,7 @@ def test_a_family_on_disk(tiny_family: Path) -> None:
     assert found.dtype == "float32"
     sizes = {m.name: (m.kind, m.bytes == 4 * m.parameters) for m in found.modules}
     assert sizes["base"] == ("weights", True) and sizes["plan.own"] == ("adapter on base", True)
+    assert {m.name: m.users for m in found.modules}["base"] == ("math", "code", "plan")
     company = {m.name: m for m in found.members}
     assert company["code"].one_prompt == ("plan",) and company["code"].one_cache == ()
     assert company["math"].one_pass["speaker"] == ("plan",)
