@@ -62,7 +62,8 @@ def sampling_options() -> Iterator[inspect.Parameter]:
         unset = field.default in (dataclasses.MISSING, None, ())
         default = None if unset else _shown(field.default)
         kind = tuple[str, ...] if field.name == "logit_bias" else kinds[field.name]
-        yield _option(field.name, kind, help=docs.get(field.name), default=default)
+        metavar = "TOKEN=BIAS" if field.name == "logit_bias" else None
+        yield _option(field.name, kind, help=docs.get(field.name), default=default, metavar=metavar)
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
@@ -81,19 +82,30 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 
 def _option(
-    name: str, kind: Any, *, help: str | None, default: str | None, words: bool = False
+    name: str,
+    kind: Any,
+    *,
+    help: str | None,
+    default: str | None,
+    words: bool = False,
+    metavar: str | None = None,
 ) -> inspect.Parameter:
     """``words``: values stay as they are typed, for a recipe to read and to complain about."""
     parts = set(_parts(kind))
     flags = [f"{_flag(name)}/{_flag('no-' + name)}"] if parts == {bool} else [_flag(name)]
-    told = [help or "", f"[default: {default}]" if default is not None else ""]
+    several = get_origin(kind) is tuple
+    told = [
+        help or "",
+        "May be given several times." if several else "",
+        f"[default: {default}]" if default is not None else "",
+    ]
     option = typer.Option(
         *flags,
         help="  ".join(filter(None, told)),
         show_default=False,
-        metavar=None if parts == {bool} else _metavar(parts),
+        metavar=None if parts == {bool} else metavar or _metavar(parts),
     )
-    if get_origin(kind) is tuple:
+    if several:
         return _parameter(name, list[str], option)
     if parts == {bool}:
         return _parameter(name, bool, option)

@@ -56,7 +56,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are left out of it."""
     logprobs: int | None = None
-    """Top log-probabilities to report with each answer token; 0: the chosen token's only; None: nothing."""
+    """Top log-probabilities to report with each answer token; 0: the chosen token's only."""
     presence_penalty: float = 0.0
     """Taken off the logits of tokens that the answer already has."""
     frequency_penalty: float = 0.0
@@ -68,7 +68,12 @@ class Sampling:
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not (low <= value <= high and value < math.inf):
-                raise Refused(f"{name} is {value!r}; allowed is {low:g} to {high:g}")
+                allowed = (
+                    f"allowed is {low:g} to {high:g}" if high < math.inf else f"it must be at least {low:g}"
+                )
+                raise Refused(
+                    f"{name} is {value!r}; {allowed}{'' if abs(value) < math.inf else ', and finite'}"
+                )
         if self.top_p == 0:
             raise Refused("top_p is 0, which keeps no token; allowed is above 0 to 1 (greedy: temperature 0)")
         if self.min_tokens > self.max_tokens:

@@ -38,6 +38,15 @@ def test_every_field_of_sampling_is_an_option_of_generate_and_chat() -> None:
         assert set(Sampling.__dataclass_fields__) <= set(found)
 
 
+def test_options_that_may_be_given_several_times_say_so() -> None:
+    assert "several times" in options("train")["data"].help
+    for name in ("generate", "chat"):
+        found = options(name)
+        assert "several times" in found["stop"].help and "several times" in found["logit_bias"].help
+        assert found["logit_bias"].metavar == "TOKEN=BIAS"
+        assert "None" not in found["logprobs"].help
+
+
 def test_other_tools_spellings_are_taken_and_hidden() -> None:
     found = options("train")
     words = [
