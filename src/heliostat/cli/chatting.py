@@ -19,7 +19,7 @@ from heliostat.errors import Refused
 if TYPE_CHECKING:
     from heliostat.llm import LLM
 
-COMMANDS = "/member NAME, /reset, /quit"
+COMMANDS = "/member NAME, /reset, /help, /quit"
 
 
 @taking(sampling_options())
@@ -95,11 +95,11 @@ class Chat:
         if word == "/reset":
             self.turns.clear()
             note("the conversation is empty")
+        elif word == "/help":
+            note(f"{COMMANDS}; members: {self._names()}")
         elif word == "/member":
             if not rest.strip():
-                raise Refused(
-                    f"/member needs a name: {', '.join([*self.llm.family.members, *self.llm.family.modules])}"
-                )
+                raise Refused(f"/member needs a name: {self._names()}")
             self.switch(rest.strip())
             note(f"{self.member} goes on")
         elif word.startswith("/"):
@@ -107,6 +107,10 @@ class Chat:
         elif word:
             self.answer(line.strip())
         return True
+
+    def _names(self) -> str:
+        """Who can speak."""
+        return ", ".join([*self.llm.family.members, *self.llm.family.modules])
 
     def answer(self, text: str) -> None:
         """Say the answer as it comes; what Ctrl-C cut short stays as far as it came."""

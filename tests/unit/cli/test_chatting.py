@@ -40,6 +40,13 @@ def test_reset_forgets_and_quit_leaves(chat: Chat) -> None:
     assert not chat.obey("/quit")
 
 
+def test_help_lists_commands_and_names(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.obey("/help") and chat.turns == []
+    told = capsys.readouterr().err
+    for said in ("/member NAME", "/reset", "/quit", "math", "plan.own"):
+        assert said in told
+
+
 def test_mistakes_lose_nothing(heliostat: Heliostat, tiny_family: Path) -> None:
     typed = "/mmber x\n/member nobody\n/member\n" + "word " * 300 + "\n\nadd 1 and 2\n/quit\nnever read\n"
     result = heliostat("chat", tiny_family, "--max-tokens", 3, typed=typed)
