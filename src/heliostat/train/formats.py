@@ -121,11 +121,25 @@ def scan(path: str | Path, *, prompts: bool = False) -> Records:
         try:
             item = _parse(raw)
             name = name or _detect(item)
-            record = replace(FORMATS[name](item, prompts), line=number)
+            record = replace(_read(item, name, prompts), line=number)
             records.append(_check_order(record, prompts=prompts))
         except Refused as reason:
             bad.append(BadLine(number, str(reason)))
     return Records(path, name, tuple(records), tuple(bad))
+
+
+def _read(item: Mapping[str, Any], name: str, prompts: bool) -> Record:
+    """A record of the file's format; a line that shows another one is told so."""
+    try:
+        return FORMATS[name](item, prompts)
+    except Refused as error:
+        shown = [form for key, form in _BETRAYED_BY.items() if key in item]
+        if not shown or name in shown:
+            raise
+        raise Refused(
+            f"{error}: it looks like {shown[0]}, but this file is read as {name} because of its first line; one "
+            "format a file, give several with --data"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

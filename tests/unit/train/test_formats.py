@@ -202,6 +202,13 @@ def test_first_line_of_a_format_decides(tmp_path: Path) -> None:
         (1, "malformed JSON"),
         (3, "missing key 'prompt'; it has 'text'"),
     ]
+    assert "is read as prompt/completion because of its first line" in found.bad[1].reason
+    assert "give several with --data" in found.bad[1].reason
+
+
+def test_a_bad_line_of_the_files_own_format_is_not_blamed_on_another(tmp_path: Path) -> None:
+    (bad,) = scan(write(tmp_path, {"text": "a story"}, {"text": 3, "prompt": "a"})).bad
+    assert bad.reason == "text must be a text, not a number"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
