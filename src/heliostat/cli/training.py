@@ -212,7 +212,7 @@ def _samples(recipe: Recipe, llm: Any) -> list[dict[str, str]]:
     )
     return [
         {
-            "prompt": record.question[-1].content,
+            "prompt": record.asked,
             "before": before.text,
             "after": after.text,
             **({"reference": record.answer} if record.answer is not None else {}),

@@ -21,6 +21,7 @@ class Graded:
     """One prompt, what was said, and whether it was right."""
 
     prompt: str
+    """Its last question; see Record.asked."""
     answer: str
     reference: str
     right: bool
@@ -69,7 +70,7 @@ def evaluate(
     # The engine ends an answer at its own request's length: a long prompt takes no room from the others.
     answers = llm.generate(prompts, member=member, max_tokens=max_tokens)
     graded = [
-        Graded(r.question[-1].content, a.text, r.answer or "", grade(metric, a.text, r.answer or ""))
+        Graded(r.asked, a.text, r.answer or "", grade(metric, a.text, r.answer or ""))
         for r, a in zip(records, answers, strict=True)
     ]
     return Evaluation(member, metric, tuple(graded), sum(a.finish_reason == "length" for a in answers))

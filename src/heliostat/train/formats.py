@@ -61,6 +61,13 @@ class Record:
         return self.turns[:-1] if self.answer is not None else self.turns
 
     @property
+    def asked(self) -> str:
+        """The last question for people to read, with how much of the conversation came before it."""
+        earlier = sum(turn.role != "system" for turn in self.question[:-1])
+        turns = f"{earlier} turn{'s' * (earlier != 1)}"
+        return f"[{turns} before] {self.question[-1].content}" if earlier else self.question[-1].content
+
+    @property
     def answer(self) -> str | None:
         """The last answer, where one was given."""
         return self.turns[-1].content if self.turns and self.turns[-1].role == "assistant" else None

@@ -59,7 +59,7 @@ def test_of_a_conversation_the_last_answer_is_asked_for(llm: LLM, tmp_path: Path
     found = evaluate(llm, "solo", write(tmp_path / "d.jsonl", {"messages": turns}), metric="exact")
     (item,) = found.items
     expected = llm.generate([turns[:3]], member="solo", max_tokens=LONGEST_ANSWER)[0].text
-    assert (item.prompt, item.answer, item.reference) == ("add 1 and 2", expected, "3")
+    assert (item.prompt, item.answer, item.reference) == ("[2 turns before] add 1 and 2", expected, "3")
 
 
 def test_a_prompt_may_fill_all_but_one_token(llm: LLM, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heliostat.errors import Refused
-from heliostat.train.formats import BadLine, Turn, read_jsonl, scan
+from heliostat.train.formats import BadLine, Record, Turn, read_jsonl, scan
 
 USER, ANSWER = Turn("user", "ask"), Turn("assistant", "say")
 GOOD = {"prompt": "ask", "completion": "say"}
@@ -193,6 +193,12 @@ def test_bad_history(tmp_path: Path, history: Any) -> None:
 def test_unknown_format_says_what_is_known(tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"keys are 'question', 'answer'; expected \{\"messages\": \[...\]\}"):
         read_jsonl(write(tmp_path, {"question": "a", "answer": "b"}))
+
+
+def test_a_question_is_shown_with_what_came_before_it() -> None:
+    turns = (Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "one more?"))
+    assert Record(turns).asked == "[2 turns before] one more?"
+    assert Record(turns[:2]).asked == Record(turns[:3]).asked == "a"
 
 
 def test_first_line_of_a_format_decides(tmp_path: Path) -> None:
