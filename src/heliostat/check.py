@@ -130,6 +130,9 @@ def _as_other(
         yield Finding(f"{member} as {sharing}", False, f"it has {len(own)} modules of its own; one is needed")
         return
     other = SHARINGS[sharing].instantiate(own[0])
+    if other == family.row(member):
+        yield Finding(f"{member} as {sharing}", True, "skipped, it has that sharing already")
+        return
     names = list(dict.fromkeys([*family.row(member).modules, *other.modules]))
     modules = load_modules(folder, family, names, dtype=torch.float32, verify=False)
     rows = {member: family.row(member), f"{member} as {sharing}": other}
