@@ -265,15 +265,15 @@ class Family:
         }
         return Family(self.modules, renamed, self.tokenizer)
 
-    def free_name(self, name: str) -> str:
-        """``name`` if a new member may have it; refused if malformed or taken."""
+    def free_name(self, name: str, *, folder: str = "FAMILY") -> str:
+        """``name`` if a new member may have it; refused if malformed or taken. ``folder``: for the advice."""
         if not NAME.fullmatch(name):
             raise Refused(
                 f"{name!r} is no member name: letters, digits, '.', '_', '-', at most 64, not starting with a sign"
             )
         if name in self.members:
             raise Refused(
-                f"there is already a member {name!r}: choose another name, or first heliostat member rm FAMILY {name}"
+                f"there is already a member {name!r}: choose another name, or first heliostat member rm {folder} {name}"
             )
         if name in self.modules:
             raise Refused(f"{name!r} is the name of a module of this family: choose another member name")

@@ -99,7 +99,7 @@ def forecast(recipe: Recipe) -> Forecast:
     """Numbers for a recipe on this machine. Raises Refused for what the run itself would refuse in recipe or data."""
     folder = Path(recipe.family)
     family = read_family(folder)
-    family.free_name(recipe.member)
+    family.free_name(recipe.member, folder=recipe.family)
     if recipe.teacher is not None:
         raise Refused(
             "--dry-run counts the answers' tokens, and a teacher's answers are not known before the run"

@@ -215,6 +215,14 @@ class Recipe(Pace):
         r = self.r if isinstance(self.r, int) else min(defaults.r, widest_rank(hidden_size))
         return {"r": r, "lora_alpha": 2.0 * r, "target_modules": TARGETS[SHARINGS[self.sharing].targets]}
 
+    def made(self, settled: Mapping[str, Any], *, ignored: Iterable[str] = ()) -> bool:
+        """Whether a member's remembered recipe is what this one comes to, but for the ``ignored`` arguments."""
+        asked = self.model_dump(mode="json", exclude={"family", "member", *ignored})
+        longest = settled.get("max_length", 0)  # never more than the model takes
+        return longest <= asked.pop("max_length") and all(
+            value in ("auto", settled.get(name)) for name, value in asked.items()
+        )
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""
         return (

@@ -119,7 +119,7 @@ def tune(
     data or family do not fit; raises loop.Interrupted on Ctrl-C, with everything saved.
     """
     folder = Path(recipe.family)
-    read_family(folder).free_name(recipe.member)
+    _check_name(read_family(folder), recipe)
     run_folder = folder / RUNS / recipe.member
     run_folder.mkdir(parents=True, exist_ok=True)
     with locked(run_folder / "run.lock", wait=False):
@@ -134,6 +134,17 @@ def tune(
         for old in checkpoint.checkpoints(run_folder):
             checkpoint.discard(old)
     return Outcome(member, run_folder, history, job.trainable)
+
+
+def _check_name(family: Family, recipe: Recipe) -> None:
+    """Refuse a name that is taken; where this very recipe took it, there is nothing left to do."""
+    folder, name = recipe.family, recipe.member
+    if name in family.members and recipe.made(family.member(name).recipe, ignored=FREE):
+        raise Refused(
+            f"there is already a member {name!r}, and this recipe made it: it is finished. See it: heliostat inspect "
+            f"{folder}; to train it anew, first heliostat member rm {folder} {name}"
+        )
+    family.free_name(name, folder=folder)
 
 
 def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) -> Job:
@@ -329,7 +340,7 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
     """Write the module, then the family's entry; a crash between the two leaves a folder that nobody names."""
     with changing(job.folder):
         family = read_family(job.folder)
-        family.free_name(job.recipe.member)
+        family.free_name(job.recipe.member, folder=job.recipe.family)
         own = own_module_name(job.recipe.member, family.modules)
         path = new_module_folder(job.folder, family, own)
         with atomic_directory(job.folder / path) as partial:

@@ -36,6 +36,10 @@ def test_the_recipe_that_a_run_leaves_makes_the_same_member_again(
     heliostat("train", bare_family, "--member", "m", "--sharing", "sun", "--data", tiny_data, *QUICK)
     recipe = bare_family / "runs" / "m" / "recipe.yaml"
     heliostat("train", recipe, "--member", "twin")
+    again = heliostat("train", recipe, status=2).stderr
+    assert "it is finished" in again and f"heliostat inspect {bare_family}" in again
+    other = heliostat("train", recipe, "--max-steps", 3, status=2).stderr
+    assert "finished" not in other and f"heliostat member rm {bare_family} m" in other
     family = read_family(bare_family)
     assert family.module("twin.own").digest == family.module("m.own").digest
 
