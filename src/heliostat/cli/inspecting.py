@@ -59,7 +59,8 @@ def _show_members(found: Survey) -> None:
     rows = [
         (m.name, m.sharing, *(getattr(m.row, part) for part in PARTS), _accuracy(m)) for m in found.members
     ]
-    print_table(rows, title="Members", columns=("member", "sharing", *_HEADS, "accuracy"))
+    columns: tuple[str, ...] = ("member", "sharing", *_HEADS, "accuracy")
+    print_table(rows, title="Members", columns=columns, whole=("sharing",))
     shared = [
         (
             m.name,

@@ -27,8 +27,13 @@ def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def print_table(rows: Iterable[Sequence[str]], *, title: str, columns: Sequence[str] = ()) -> None:
-    """A table; without names of columns the first column is what the others are about."""
+def print_table(
+    rows: Iterable[Sequence[str]], *, title: str, columns: Sequence[str] = (), whole: Sequence[str] = ()
+) -> None:
+    """A table; without names of columns the first column is what the others are about.
+
+    ``whole``: columns that stay on one line where the terminal is narrow, as long as others can give way.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -40,12 +45,13 @@ def print_table(rows: Iterable[Sequence[str]], *, title: str, columns: Sequence[
         title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
         show_header=bool(columns),
     )
     filled = [[Text(cell) for cell in row] for row in rows]
     for place in range(len(columns) or max((len(row) for row in filled), default=0)):
-        style = "cyan" if place == 0 else None
-        table.add_column(columns[place] if columns else "", style=style, overflow="fold")
+        style, name = "cyan" if place == 0 else None, columns[place] if columns else ""
+        table.add_column(name, style=style, overflow="fold", no_wrap=name in whole)
     for row in filled:
         table.add_row(*row)
     Console().print(table)

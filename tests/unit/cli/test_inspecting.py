@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from heliostat.build import read_family, write_family
 from tests.unit.cli.conftest import Heliostat
 
@@ -13,6 +15,16 @@ def test_inspect_shows_modules_members_sharing_and_memory(heliostat: Heliostat, 
         assert said in shown
     facts = json.loads(heliostat("inspect", tiny_family, "--json").stdout)
     assert [m["name"] for m in facts["members"]] == ["solo", "math", "code", "plan"]
+
+
+def test_a_sharing_is_one_word_in_a_narrow_terminal(
+    heliostat: Heliostat, tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    heliostat("member", "rename", tiny_family, "code", "a-long-member-name")
+    shown = heliostat("inspect", tiny_family).stdout
+    assert "prefillshare" in shown and "independent" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_inspect_of_a_new_family_says_what_to_do(heliostat: Heliostat, bare_family: Path) -> None:
