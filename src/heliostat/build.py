@@ -15,7 +15,7 @@ from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Module
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import adapter_parameters, digest_adapter, load_adapter
-from heliostat.linear.lora import Route, whole
+from heliostat.linear.lora import Route, adapter_of, remove_adapter, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
@@ -74,14 +74,19 @@ def init_family(folder: Path, base: Path) -> Family:
     load_transformer(
         base, config, dtype=torch.bfloat16
     )  # refuses missing or foreign tensors before anything is copied
-    with atomic_directory(folder / BASE) as partial:
+    # As a whole or not at all: a base without its family.json would be in the way of the next init.
+    with atomic_directory(folder) as partial:
+        (partial / BASE).mkdir()
         for file in sorted({*files, *(p for p in base.iterdir() if p.is_file() and _belongs(p))}):
-            shutil.copy2(file, partial / file.name)
-    digest = digest_folder(folder / BASE, weight_files(folder / BASE), checkpoint_facts(folder / BASE))
-    module = Module(BASE, BASE, digest, parameters=config.parameters)
-    family = Family({BASE: module}, {}, tokenizer.digest)
-    write_family(folder, family)
+            shutil.copy2(file, partial / BASE / file.name)
+        family = Family({BASE: _described(partial / BASE, config)}, {}, tokenizer.digest)
+        write_family(partial, family)
     return family
+
+
+def _described(base: Path, config: ModelConfig) -> Module:
+    digest = digest_folder(base, weight_files(base), checkpoint_facts(base))
+    return Module(BASE, BASE, digest, parameters=config.parameters)
 
 
 def _belongs(path: Path) -> bool:
@@ -186,9 +191,15 @@ def load_modules(
     dtype: torch.dtype,
     device: str = "cpu",
     verify: bool = True,
+    models: Mapping[str, Transformer] | None = None,
+    joined: bool = False,
 ) -> dict[str, Loaded]:
-    """The named modules in memory, frozen; each set of weights is loaded once, adapters are put on it."""
-    models: dict[str, Transformer] = {}
+    """The named modules in memory, frozen; each set of weights is loaded once, adapters are put on it.
+
+    ``models``: weights that are in memory already, by their module's name; they are not loaded again.
+    ``joined``: for serving, Linears of one input run as one (``Transformer.join``).
+    """
+    models = dict(models or {})
     loaded: dict[str, Loaded] = {}
     for name in dict.fromkeys(names):
         module = family.module(name)
@@ -199,9 +210,19 @@ def load_modules(
             models[module.weights] = load_transformer(path, read_config(path), dtype=dtype, device=device)
         model = models[module.weights]
         if module.base is not None:
+            if adapter_of(model, name):  # of weights in memory already: somebody may be using it
+                raise Refused(f"module {name!r} is loaded already: unload it first")
             load_adapter(module_folder(folder, module), model, name)
         loaded[name] = Loaded(name, module.digest, module.weights, model, name if module.base else None)
+    if joined:
+        for model in models.values():
+            model.join()
     return loaded
+
+
+def take_off(model: Transformer, adapter: str) -> None:
+    """Give up the memory of an adapter that was loaded on ``model``."""
+    remove_adapter(model, adapter)
 
 
 def load_tokenizer(folder: Path, family: Family) -> Tokenizer:
@@ -222,6 +243,16 @@ def best_dtype(device: str = "cpu") -> torch.dtype:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if native else torch.float32
+
+
+def device_named(name: str) -> str:
+    """A device of torch by name; ``auto`` is cuda where torch sees one, else cpu. Refused with what torch sees."""
+    seen = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return "cuda" if len(seen) > 1 else "cpu"
+    if name in seen or (name == "cuda" and len(seen) > 1):
+        return name
+    raise Refused(f"device is {name!r}; torch sees here: {', '.join(seen)} (or say auto)")
 
 
 def config_of(folder: Path, family: Family, module: str = BASE) -> ModelConfig:

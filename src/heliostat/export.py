@@ -223,7 +223,7 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
     """
     folder, source = Path(folder), Path(source)
     family = read_family(folder)
-    family.free_name(member)
+    family.free_name(member, folder=folder)
     if not source.is_dir():
         raise Refused(f"{source} is no folder; --from takes a checkpoint or a PEFT adapter on this disk")
     adapter = is_adapter(source)
@@ -233,7 +233,7 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
     sharing, parts = _row_of(source, family)
     with changing(folder):
         family = read_family(folder)
-        family.free_name(member)
+        family.free_name(member, folder=folder)
         own = own_module_name(member, family.modules)
         path = new_module_folder(folder, family, own)
         with atomic_directory(folder / path) as partial:
@@ -333,7 +333,7 @@ def rename_member(folder: Path, old: str, new: str) -> None:
     """
     folder = Path(folder)
     with changing(folder):
-        family = read_family(folder).with_member_renamed(old, new)
+        family = read_family(folder).with_member_renamed(old, new, folder=folder)
         with _ended_run(folder, old) as run, _ended_run(folder, new) as place:
             write_family(folder, family)
             if run.exists():

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any, TypeVar
 
 from heliostat.errors import Refused
@@ -256,24 +257,28 @@ class Family:
         modules = {n: m for n, m in self.modules.items() if n not in gone}
         return Family(modules, {n: m for n, m in self.members.items() if n != name}, self.tokenizer)
 
-    def with_member_renamed(self, old: str, new: str) -> Family:
-        """The same family under a new member name; module names and folders stay as they are."""
-        member, new = self.member(old), self.free_name(new)
+    def with_member_renamed(self, old: str, new: str, *, folder: str | PurePath) -> Family:
+        """The same family under a new member name; module names and folders stay. ``folder``: for the advice."""
+        member, new = self.member(old), self.free_name(new, folder=folder)
         renamed = {
             new if n == old else n: replace(member, name=new) if n == old else m
             for n, m in self.members.items()
         }
         return Family(self.modules, renamed, self.tokenizer)
 
-    def free_name(self, name: str, *, folder: str = "FAMILY") -> str:
-        """``name`` if a new member may have it; refused if malformed or taken. ``folder``: for the advice."""
+    def free_name(self, name: str, *, folder: str | PurePath) -> str:
+        """``name`` if a new member may have it; refused if malformed or taken.
+
+        ``folder`` is the family's, so that the command in the refusal can be pasted.
+        """
         if not NAME.fullmatch(name):
             raise Refused(
                 f"{name!r} is no member name: letters, digits, '.', '_', '-', at most 64, not starting with a sign"
             )
         if name in self.members:
             raise Refused(
-                f"there is already a member {name!r}: choose another name, or first heliostat member rm {folder} {name}"
+                f"there is already a member {name!r}: choose another name, or first "
+                + shlex.join(["heliostat", "member", "rm", str(folder), name])
             )
         if name in self.modules:
             raise Refused(f"{name!r} is the name of a module of this family: choose another member name")

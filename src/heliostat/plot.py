@@ -9,6 +9,8 @@ from html import escape
 COLOURS = ("#3566c8", "#d1642b", "#2f8f5b", "#a03fa6", "#8a7a1d", "#5b6b7a", "#c23b56", "#1d8a96")
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44
+SHARES = 56
+"""Margin on the right where there is an axis of shares."""
 
 
 def lines(
@@ -18,23 +20,46 @@ def lines(
     x: str,
     y: str,
     y_from_zero: bool = False,
+    shares: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> str:
-    """A line chart; ``series`` maps a label to (x, y) points. Points that are not finite are left out."""
-    kept = {
+    """A line chart; ``series`` maps a label to (x, y) points. Points that are not finite are left out.
+
+    ``shares``: series in [0, 1], drawn dashed over an axis of their own on the right.
+    """
+    left, right = _finite(series), _finite(shares or {})
+    every = [point for points in left.values() for point in points] or [(0.0, 0.0)]
+    xs = [a for points in (*left.values(), *right.values()) for a, _ in points] or [0.0]
+    ys = [b for _, b in every]
+    low = min(0.0, *ys) if y_from_zero else min(ys)
+    margin = SHARES if right else RIGHT
+    scale = _Scale(min(xs), max(xs), low, max(ys), margin)
+    parts = [_frame(title, x, y, scale)]
+    for name, points in left.items():
+        parts.append(_curve(scale, points, len(parts) - 1, name))
+    if right:
+        share = _Scale(min(xs), max(xs), 0.0, 1.0, margin)
+        parts += [
+            _curve(share, points, len(left) + n, name, dashed=True)
+            for n, (name, points) in enumerate(right.items())
+        ]
+        parts.append(_right_axis(share))
+    return _svg(parts, title)
+
+
+def _finite(series: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, list[tuple[float, float]]]:
+    return {
         name: [(a, b) for a, b in points if math.isfinite(a) and math.isfinite(b)]
         for name, points in series.items()
     }
-    every = [point for points in kept.values() for point in points] or [(0.0, 0.0)]
-    xs, ys = [a for a, _ in every], [b for _, b in every]
-    low = min(0.0, *ys) if y_from_zero else min(ys)
-    scale = _Scale(min(xs), max(xs), low, max(ys))
-    parts = [_frame(title, x, y, scale)]
-    for number, (name, points) in enumerate(kept.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{scale.x(a):.1f},{scale.y(b):.1f}" for a, b in points)
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
-        parts.append(_key(number, name, colour))
-    return _svg(parts, title)
+
+
+def _curve(
+    scale: _Scale, points: Sequence[tuple[float, float]], number: int, name: str, *, dashed: bool = False
+) -> str:
+    colour, dash = COLOURS[number % len(COLOURS)], ' stroke-dasharray="5 3"' if dashed else ""
+    path = " ".join(f"{scale.x(a):.1f},{scale.y(b):.1f}" for a, b in points)
+    line = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8"{dash} points="{path}"/>'
+    return line + _key(number, name, colour)
 
 
 def bars(
@@ -44,22 +69,34 @@ def bars(
     unit: str,
     intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
-    """Horizontal bars, one a label, each with its number; ``intervals`` draws whiskers."""
+    """Horizontal bars, one a label, each with its number; ``intervals`` draws whiskers.
+
+    Where a value is not finite there is a gap that says so; a whisker that is not finite is left out.
+    """
     row, left = 26, 210
     height = TOP + row * len(values) + 16
-    most = max([*values.values(), *(high for _, high in (intervals or {}).values()), 1e-9])
+    whiskers = {
+        name: edges
+        for name, edges in (intervals or {}).items()
+        if math.isfinite(edges[0]) and math.isfinite(edges[1])
+    }
+    finite = [value for value in values.values() if math.isfinite(value)]
+    most = max([*finite, *(high for _, high in whiskers.values()), 1e-9])
     wide = WIDTH - left - 90
     parts = [f'<text x="8" y="20" class="t">{escape(title)}</text>']
     for number, (name, value) in enumerate(values.items()):
-        y, length = TOP + row * number, max(0.0, wide * value / most)
-        colour = COLOURS[number % len(COLOURS)]
+        y = TOP + row * number
         parts.append(f'<text x="{left - 8}" y="{y + 15}" text-anchor="end">{escape(name)}</text>')
+        if not math.isfinite(value):
+            parts.append(f'<text x="{left + 6}" y="{y + 15}" class="s">no number</text>')
+            continue
+        end = length = max(0.0, wide * value / most)
+        colour = COLOURS[number % len(COLOURS)]
         parts.append(
             f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="16" rx="2" fill="{colour}"/>'
         )
-        end = length
-        if intervals and name in intervals:
-            low, high = (left + wide * max(0.0, edge) / most for edge in intervals[name])
+        if name in whiskers:
+            low, high = (left + wide * max(0.0, edge) / most for edge in whiskers[name])
             parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 11}" y2="{y + 11}" class="w"/>')
             end = max(end, high - left)
         parts.append(f'<text x="{left + end + 6:.1f}" y="{y + 15}">{_number(value)} {escape(unit)}</text>')
@@ -69,12 +106,13 @@ def bars(
 class _Scale:
     """Numbers to pixels; a flat range is widened so that it can be drawn."""
 
-    def __init__(self, x0: float, x1: float, y0: float, y1: float) -> None:
+    def __init__(self, x0: float, x1: float, y0: float, y1: float, right: int = RIGHT) -> None:
         self.x0, self.x1 = x0, x1 if x1 > x0 else x0 + 1
         self.y0, self.y1 = y0, y1 if y1 > y0 else y0 + 1
+        self.right = WIDTH - right
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (value - self.x0) / (self.x1 - self.x0) * (self.right - LEFT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
@@ -93,7 +131,7 @@ def _frame(title: str, x: str, y: str, scale: _Scale) -> str:
     parts = [f'<text x="8" y="20" class="t">{escape(title)}</text>']
     for value in ticks(scale.y0, scale.y1):
         at = scale.y(value)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>')
+        parts.append(f'<line x1="{LEFT}" x2="{scale.right}" y1="{at:.1f}" y2="{at:.1f}" class="g"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_number(value)}</text>')
     for value in ticks(scale.x0, scale.x1):
         parts.append(
@@ -102,6 +140,13 @@ def _frame(title: str, x: str, y: str, scale: _Scale) -> str:
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x)}</text>')
     parts.append(f'<text x="{LEFT}" y="{TOP - 4}" class="s">{escape(y)}</text>')
     return "".join(parts)
+
+
+def _right_axis(scale: _Scale) -> str:
+    return "".join(
+        f'<text x="{scale.right + 6}" y="{scale.y(share) + 4:.1f}" class="s">{100 * share:.0f} %</text>'
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
+    )
 
 
 def _key(number: int, name: str, colour: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from heliostat.build import (
     changing,
     config_of,
     describe_module,
+    device_named,
     init_family,
     load_modules,
     load_tokenizer,
@@ -74,6 +76,53 @@ def test_a_family_is_not_made_where_one_is_or_of_what_does_not_fit(
     with pytest.raises(Refused, match="the tokenizer has 300 tokens, the model only 299"):
         init_family(tmp_path / "new", small)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("when", ["copying", "describing", "writing"])
+def test_an_init_that_died_is_not_in_the_way_of_the_next(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*words: Any, **options: Any) -> None:
+        raise Killed
+
+    place = {"copying": "shutil.copy2", "describing": "heliostat.build.digest_folder"}
+    with monkeypatch.context() as broken:
+        broken.setattr(place.get(when, "heliostat.build.write_family"), die)
+        broken.setattr("heliostat.files.shutil.rmtree", lambda *words, **options: None)  # nobody tidies up
+        with pytest.raises(Killed):
+            init_family(tmp_path / "fam", tiny_base)
+    (left,) = tmp_path.iterdir()
+    # As it would lie there after a kill -9: of a process that is no more.
+    left.rename(tmp_path / f"fam.partial-{2**22 + 1}-1")
+    assert not (tmp_path / "fam").exists()
+    family = init_family(tmp_path / "fam", tiny_base)
+    assert read_family(tmp_path / "fam") == family and [p.name for p in tmp_path.iterdir()] == ["fam"]
+
+
+def test_init_takes_an_empty_folder_and_leaves_a_full_one_alone(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert init_family(tmp_path / "empty", tiny_base).modules.keys() == {"base"}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    with pytest.raises(Refused, match=r"full exists already; choose another name"):
+        init_family(tmp_path / "full", tiny_base)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_devices_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, auto in ((0, "cpu"), (2, "cuda")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert device_named("auto") == auto and device_named("cpu") == "cpu"
+    assert device_named("cuda") == "cuda" and device_named("cuda:1") == "cuda:1"
+    with pytest.raises(Refused, match="device is 'cuda:2'; torch sees here: cpu, cuda:0, cuda:1"):
+        device_named("cuda:2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for name in ("cuda", "cuda:0", "gpu", ""):
+        with pytest.raises(Refused, match=rf"device is '{name}'; torch sees here: cpu \(or say auto\)"):
+            device_named(name)
 
 
 # Digests

@@ -205,27 +205,29 @@ def test_weights_that_another_members_adapter_rides_on_do_not_go(family: Family)
 
 
 def test_renaming_changes_one_name_and_no_order(family: Family) -> None:
-    renamed = family.with_member_renamed("math", "sums")
+    renamed = family.with_member_renamed("math", "sums", folder="fam")
     assert list(renamed.members) == ["solo", "sums", "code", "plan", "twin"]
     assert renamed.member("sums") == Member("sums", family.row("math"), "sun")
     assert renamed.modules == family.modules
     for old, new in (("gone", "sums"), ("math", "code"), ("math", "code.own"), ("math", "../x")):
         with pytest.raises(Refused):
-            family.with_member_renamed(old, new)
+            family.with_member_renamed(old, new, folder="fam")
 
 
 @pytest.mark.parametrize("name", ["", "-x", ".x", "a b", "a/b", "..", "ä", "a\n", "x" * 65])
 def test_malformed_names_are_refused(name: str, family: Family) -> None:
     with pytest.raises(Refused, match="no member name: letters, digits"):
-        family.free_name(name)
+        family.free_name(name, folder="fam")
 
 
 def test_taken_names_are_refused(family: Family) -> None:
-    with pytest.raises(Refused, match=r"already a member 'math'.*heliostat member rm FAMILY math"):
-        family.free_name("math")
+    with pytest.raises(Refused, match=r"already a member 'math'.*heliostat member rm 'my fam' math$"):
+        family.free_name("math", folder="my fam")
+    with pytest.raises(Refused, match=r"already a member 'math'.*heliostat member rm fam math$"):
+        family.with_member_renamed("solo", "math", folder="fam")
     with pytest.raises(Refused, match="'base' is the name of a module"):
-        family.free_name("base")
-    assert family.free_name("x" * 64) == "x" * 64
+        family.free_name("base", folder="fam")
+    assert family.free_name("x" * 64, folder="fam") == "x" * 64
 
 
 @given(st.from_regex(NAME, fullmatch=True), st.integers(0, 4))

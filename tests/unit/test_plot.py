@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, bars, lines, ticks
+from heliostat.plot import BOTTOM, HEIGHT, LEFT, RIGHT, SHARES, TOP, WIDTH, bars, lines, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 sane = st.floats(-1e12, 1e12, allow_subnormal=False)
@@ -108,7 +108,31 @@ def test_names_cannot_break_out() -> None:
         assert evil in texts(root) and root.attrib["aria-label"] == evil
 
 
+def test_shares_have_an_axis_of_their_own() -> None:
+    shares = {"right": [(0, 0.0), (5, 0.5), (10, 1.0), (11, math.nan)]}
+    root = parsed(lines({"loss": [(0, 3.0), (10, 1.0)]}, title="t", x="x", y="y", shares=shares))
+    loss, right = curves(root)
+    floor, wide = HEIGHT - BOTTOM, WIDTH - SHARES
+    assert loss == [(LEFT, TOP), (wide, floor)]
+    assert right == [(LEFT, floor), ((LEFT + wide) / 2, (floor + TOP) / 2), (wide, TOP)]
+    assert {"loss", "right", "0 %", "50 %", "100 %"} <= set(texts(root))
+    plain = lines({"loss": [(0, 3.0)]}, title="t", x="x", y="y")
+    assert lines({"loss": [(0, 3.0)]}, title="t", x="x", y="y", shares={}) == plain
+
+
 # Bars
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_no_number_is_a_gap_that_says_so(missing: float) -> None:
+    values = {"sun": 40.0, "lost": missing, "base": 20.0}
+    intervals = {"sun": (35.0, missing), "lost": (missing, missing), "base": (15.0, 30.0)}
+    root = parsed(bars(values, title="accuracy", unit="%", intervals=intervals))
+    long = [float(r.attrib["width"]) for r in root.iter(f"{SVG}rect") if "rx" in r.attrib and "y" in r.attrib]
+    assert long == [pytest.approx(2 * long[1], abs=0.2), long[1]]
+    assert texts(root).count("no number") == 1 and "lost" in texts(root)
+    assert len(list(root.iter(f"{SVG}line"))) == 1
+    assert "no number" in bars({"only": missing}, title="t", unit="%")
 
 
 def test_bars_are_as_long_as_their_values_and_wear_whiskers() -> None:

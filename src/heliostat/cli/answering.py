@@ -14,6 +14,7 @@ from heliostat.cli.options import given, sampling_options, taking
 from heliostat.cli.printing import Family, Json, print_json
 from heliostat.engine.request import Sampling
 from heliostat.errors import Refused
+from heliostat.files import read_json
 
 if TYPE_CHECKING:
     from heliostat.llm import Answer, Prompt
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Member = Annotated[str, typer.Option(help="Who answers: a member, or a module alone.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine is fast at.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: cuda where there is one, else cpu.")]
 CacheMib = Annotated[int, typer.Option(min=1, help="Most memory for keys and values, in MiB.")]
 
 
@@ -33,7 +35,12 @@ def generate(
         Path | None,
         typer.Option(help="jsonl with a prompt a line; the answers come as jsonl, too.", show_default=False),
     ] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(help="A JSON schema in a file: the answers are JSON that fits it.", show_default=False),
+    ] = None,
     dtype: Dtype = "auto",
+    device: Device = "auto",
     cache_mib: CacheMib = 1024,
     as_json: Json = False,
     **flags: Any,
@@ -41,22 +48,22 @@ def generate(
     """Greedy unless --temperature is given."""
     if (prompt is None) == (prompt_file is None):
         raise Refused("give one of --prompt TEXT and --prompt-file FILE.jsonl")
-    sampling = sampling_of(given(flags))
+    wish: dict[str, Any] = {"member": member, "sampling": sampling_of(given(flags))}
+    wish["schema"] = None if schema is None else read_json(schema)
     records = _prompts_in(prompt_file) if prompt_file is not None else ()
+    from heliostat.build import device_named
     from heliostat.llm import LLM
 
-    llm = LLM(family, members=[member], dtype=dtype, cache_mib=cache_mib)
+    llm = LLM(family, members=[member], dtype=dtype, device=device_named(device), cache_mib=cache_mib)
     if prompt is None:
-        answers = llm.generate(
-            [_asked(r, llm.tokenizer.has_template) for r in records], member=member, sampling=sampling
-        )
+        answers = llm.generate([_asked(r, llm.tokenizer.has_template) for r in records], **wish)
         for record, answer in zip(records, answers, strict=True):
             print(json.dumps({"line": record.line, **_facts(answer)}, ensure_ascii=False))
     elif as_json:
-        (answer,) = llm.generate(prompt, member=member, sampling=sampling)
+        (answer,) = llm.generate(prompt, **wish)
         print_json({"prompt": prompt, **_facts(answer)})
     else:
-        for piece in llm.stream(prompt, member=member, sampling=sampling):
+        for piece in llm.stream(prompt, **wish):
             print(piece, end="", flush=True)
         print()
 

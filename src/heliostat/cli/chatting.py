@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.cli.answering import CacheMib, Dtype, Member, sampling_of
+from heliostat.cli.answering import CacheMib, Device, Dtype, Member, sampling_of
 from heliostat.cli.failing import tell_error
 from heliostat.cli.options import given, sampling_options, taking
 from heliostat.cli.printing import Family, note
@@ -24,10 +24,18 @@ COMMANDS = "/member NAME, /reset, /help, /quit"
 
 @taking(sampling_options())
 def chat(
-    family: Family, member: Member = "base", dtype: Dtype = "auto", cache_mib: CacheMib = 1024, **flags: Any
+    family: Family,
+    member: Member = "base",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    cache_mib: CacheMib = 1024,
+    **flags: Any,
 ) -> None:
     """/member NAME lets another one go on, /reset forgets, /quit or Ctrl-D leaves; Ctrl-C stops an answer."""
-    talk = Chat(family, sampling_of(given(flags)), {"dtype": dtype, "cache_mib": cache_mib})
+    from heliostat.build import device_named
+
+    options = {"dtype": dtype, "device": device_named(device), "cache_mib": cache_mib}
+    talk = Chat(family, sampling_of(given(flags)), options)
     talk.switch(member)
     talk.check_template()
     note(f"{member} listens. {COMMANDS}")

@@ -160,11 +160,12 @@ def _announced(job: Job) -> Job:
 
 def _facts(recipe: Recipe, outcome: Outcome, onlooker: Onlooker) -> dict[str, Any]:
     """Everything a run came to; loads base and member as serving does, and asks both."""
+    from heliostat.build import device_named
     from heliostat.family import BASE
     from heliostat.llm import LLM
 
     last = outcome.history[-1]
-    llm = LLM(recipe.family, members=[BASE, recipe.member])
+    llm = LLM(recipe.family, members=[BASE, recipe.member], device=device_named(recipe.device))
     return {
         "member": recipe.member,
         "sharing": recipe.sharing,
@@ -188,7 +189,14 @@ def _graded(recipe: Recipe, llm: Any) -> dict[str, Any]:
     if recipe.eval_data is None:
         return {}
     try:
-        found = evaluate(llm, recipe.member, recipe.eval_data, metric=recipe.metric, limit=JUDGED)
+        found = evaluate(
+            llm,
+            recipe.member,
+            recipe.eval_data,
+            metric=recipe.metric,
+            limit=JUDGED,
+            skip_bad=recipe.skip_bad,
+        )
     except Refused as error:  # the member is there; that its answers cannot be graded takes nothing from it
         note(f"accuracy not measured: {error}")
         return {}

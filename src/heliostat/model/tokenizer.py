@@ -177,6 +177,10 @@ class Tokenizer:
         whole = self.encode(before + text)
         if whole[: len(head)] == head:
             return whole[len(head) :]
+        return self.encode_on(text)
+
+    def encode_on(self, text: str) -> list[int]:
+        """Token ids of a text that goes on behind another: nothing marks a beginning, nothing merges with what was."""
         if self.spaced:
             anchor, anchored = self.encode(_ANCHOR), self.encode(_ANCHOR + text)
             if anchor and anchored[: len(anchor)] == anchor:

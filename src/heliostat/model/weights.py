@@ -72,6 +72,17 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             raise Refused(f"{file} is damaged or not safetensors: {error}") from error
 
 
+def read_shapes(files: Iterable[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every (name, shape) of the files, from their heads alone; a damaged file is refused by name."""
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, tuple(opened.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise Refused(f"{file} is damaged or not safetensors: {error}") from error
+
+
 def load_transformer(
     folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu"
 ) -> Transformer:

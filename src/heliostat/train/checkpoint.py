@@ -137,5 +137,6 @@ def _restore(
 ) -> None:
     for name_and_key, value in saved.items():
         name, _, key = name_and_key.rpartition("|")
-        restored = value.reshape(()) if key == "step" else value.to(parameters[name].device)
-        optimizer.state[parameters[name]][key] = restored.clone()
+        # The fused AdamW wants its step count where the parameter is, too.
+        restored = value.to(parameters[name].device)
+        optimizer.state[parameters[name]][key] = (restored.reshape(()) if key == "step" else restored).clone()

@@ -1,37 +1,31 @@
 """What a run will need, said before anything is loaded: parameters, memory, time.
 
-The family's config and the data are read; one block of the model's shape, with random weights, is run once to see
-what it keeps for the backward pass and how long it takes. Everything else is counting.
+The family's config and the data are read; one block of the model's shape is probed (``train.probe``). Everything else
+is counting.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from heliostat.build import BASE, best_dtype, config_of, load_tokenizer, read_family
-from heliostat.errors import Refused
-from heliostat.family import SHARINGS, Row
+from heliostat.build import BASE, config_of, load_tokenizer, read_family
+from heliostat.family import SHARINGS, Family, Row
 from heliostat.files import readable_size
-from heliostat.linear.lora import add_adapter, whole
 from heliostat.model.config import ModelConfig, adapter_parameters
-from heliostat.model.seam import Causal
-from heliostat.model.transformer import Block
-from heliostat.ops.rope import cos_sin, inverse_frequencies
-from heliostat.train.data import Batches, Example
-from heliostat.train.recipe import READERS_OF_KEYS, Recipe, Settled
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.train.data import Batches, Example, Examples
+from heliostat.train.evaluate import CACHE_MIB as EVALUATION_MIB
+from heliostat.train.job import joined, judged, learned, settle, teacher_row
+from heliostat.train.objective import COLUMNS
+from heliostat.train.probe import MIB, OWN, Probe, probe, resident_besides
+from heliostat.train.recipe import Recipe, Settled
 from heliostat.train.sharing import lay_out
-from heliostat.train.tune import judged, learned
-from heliostat.train.watch import resident_mib
+from heliostat.train.teacher import CACHE_MIB, asked_examples
 
-MIB = 2**20
-PROBE_TOKENS = 2048
+TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +36,45 @@ class Forecast:
     frozen: int
     """Parameters that are loaded and do not move."""
     examples: int
+    skipped: int
+    """Lines of the data that are left out."""
     answer_tokens: int
+    """Tokens that carry loss in one epoch; of a teacher's answers, which are not known yet, an estimate."""
     steps: int
     tokens_per_step: Mapping[str, float]
     """Tokens each module runs in a mean step, padding included."""
     weights: int
+    teacher: int
+    """Its weights."""
     optimizer: int
     """Gradients and AdamW's two moments."""
     activations: int
+    pages: int
+    """Keys and values while a teacher answers, or the member in an evaluation during the run."""
     process: int
     """What Python and its libraries hold before anything is loaded."""
     seconds_per_step: float
+    seconds_answering: float
+    """Time in which a teacher answers before the run, or the member in evaluations during it."""
 
     @property
     def memory(self) -> int:
-        """Resident memory at the peak, bytes."""
-        return self.weights + self.optimizer + self.activations + self.process
+        """Resident memory at the peak, bytes.
+
+        A sum, although gradients grow while activations go: the C library keeps what is freed for tensors of the same
+        size, so that what does not stand side by side still adds up.
+        """
+        training = self.weights + self.optimizer + self.activations
+        return (
+            self.process
+            + self.teacher
+            + (max(training, self.pages) if self.teacher else training + self.pages)
+        )
+
+    @property
+    def seconds(self) -> float:
+        """The whole run."""
+        return self.steps * self.seconds_per_step + self.seconds_answering
 
     def rows(self) -> list[tuple[str, str]]:
         """The forecast as lines of a table."""
@@ -69,30 +86,25 @@ class Forecast:
             ),
             ("frozen parameters", f"{self.frozen:,}"),
             ("examples, answer tokens", f"{self.examples:,}, {self.answer_tokens:,}"),
+            *([("lines left out", f"{self.skipped:,}")] if self.skipped else []),
             ("optimizer steps", f"{self.steps:,}"),
             ("tokens a step, by module", tokens),
             ("memory", readable_size(self.memory)),
             ("  weights", readable_size(self.weights)),
+            *([("  teacher", readable_size(self.teacher))] if self.teacher else []),
             ("  gradients and optimizer", readable_size(self.optimizer)),
             ("  activations", readable_size(self.activations)),
+            *([("  pages for answers", readable_size(self.pages))] if self.pages else []),
             ("  Python and libraries", readable_size(self.process)),
             (
                 "time",
-                f"about {_duration(self.steps * self.seconds_per_step)} ({self.seconds_per_step:.2f} s a step)",
+                f"about {_duration(self.seconds)} ({self.seconds_per_step:.2f} s a step)",
             ),
         ]
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, the sums included."""
-        return asdict(self) | {"memory": self.memory, "seconds": self.steps * self.seconds_per_step}
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One block's cost a token: seconds and bytes kept for the backward pass."""
-
-    seconds: float
-    bytes: float
+        return asdict(self) | {"memory": self.memory, "seconds": self.seconds}
 
 
 def forecast(recipe: Recipe) -> Forecast:
@@ -100,41 +112,130 @@ def forecast(recipe: Recipe) -> Forecast:
     folder = Path(recipe.family)
     family = read_family(folder)
     family.free_name(recipe.member, folder=recipe.family)
-    if recipe.teacher is not None:
-        raise Refused(
-            "--dry-run counts the answers' tokens, and a teacher's answers are not known before the run"
-        )
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
-    settled = recipe.resolve(bf16=best_dtype() is torch.bfloat16, hidden_size=config.width)
-    settled.check_targets(config.linears)
-    settled = settled.model_copy(update={"max_length": min(settled.max_length, config.max_length)})
-    row = SHARINGS[settled.sharing].instantiate("own")
-    data = learned(settled, tokenizer, row, teacher=None)
-    judged(settled, tokenizer)
-    examples = data.examples
-    mean, worst = _tokens(examples, settled, row)
+    settled = settle(recipe, config)
+    row = SHARINGS[settled.sharing].instantiate(OWN)
+    data = _expected(settled, tokenizer, row, family)
+    _, questions = judged(settled, tokenizer)
+    shape = Shape(config, settled, row, data.examples)
+    teaching = _teacher_weights(family, config, settled)
+    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
     trainable, own_weights = _own(config, settled)
-    probes = {name: _probe(config, settled, row, name) for name in worst}
-    frozen = config.parameters if BASE in row.modules or settled.tuner == "lora" else 0
-    frozen += config.parameters - trainable if settled.tuner == "full" else 0
-    size = 2 if settled.bf16 else 4
-    head = _head_bytes(config, examples, settled)
-    steps_per_epoch = -(-len(examples) // settled.batch_size)
+    frozen, frozen_weights = _frozen(config, settled, row, trainable)
+    asked = questions[: settled.eval_samples] if settled.eval_steps else ()
+    taught = shape.answering(len(data.examples)) if settled.teacher is not None else (0, 0.0)
+    graded = shape.answering(len(asked))
+    evaluations = steps // settled.eval_steps if settled.eval_steps else 0
     return Forecast(
         trainable=trainable,
         frozen=frozen,
-        examples=len(examples),
+        examples=len(data.examples),
+        skipped=len(data.bad) + len(data.too_long),
         answer_tokens=data.answer_tokens,
-        steps=settled.total_steps(steps_per_epoch),
-        tokens_per_step={name: count * settled.gradient_accumulation_steps for name, count in mean.items()},
-        weights=own_weights
-        + (config.parameters * size if BASE in row.modules or settled.tuner == "lora" else 0),
+        steps=steps,
+        tokens_per_step=shape.tokens_per_step,
+        weights=own_weights + frozen_weights,
+        teacher=teaching,
         optimizer=trainable * 12,
-        activations=head + round(sum(probes[n].bytes * config.layers * count for n, count in worst.items())),
-        process=round(resident_mib() * MIB),
-        seconds_per_step=settled.gradient_accumulation_steps
-        * sum(probes[n].seconds * config.layers * count for n, count in mean.items()),
+        activations=shape.activations,
+        pages=max(graded[0], taught[0]),
+        process=resident_besides(),
+        seconds_per_step=shape.seconds_per_step,
+        seconds_answering=taught[1] + evaluations * graded[1],
     )
+
+
+def _expected(recipe: Settled, tokenizer: Tokenizer, row: Row, family: Family) -> Examples:
+    """What will be learned; a teacher's answers are not known yet: they are taken to be as long as the data's."""
+    if recipe.teacher is None:
+        return learned(recipe, tokenizer, row, None)
+    teacher_row(family, recipe.teacher)
+    options: dict[str, Any] = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad}
+    return joined([asked_examples(p, tokenizer, too_long=recipe.too_long, **options) for p in recipe.data])
+
+
+def _teacher_weights(family: Family, config: ModelConfig, recipe: Settled) -> int:
+    """Bytes of the teacher, which is loaded beside everything else."""
+    if recipe.teacher is None:
+        return 0
+    module = family.module(family.row(recipe.teacher).speaker)
+    adapter = module.parameters * 4 if module.base is not None else 0
+    return config.parameters * (2 if recipe.bf16 else 4) + adapter
+
+
+def _frozen(config: ModelConfig, recipe: Settled, row: Row, trainable: int) -> tuple[int, int]:
+    """Parameters that are loaded and do not move, and bytes of those that are not in the member's own weights."""
+    beside = config.parameters if BASE in row.modules or recipe.tuner == "lora" else 0
+    still = config.parameters - trainable if recipe.tuner == "full" else 0
+    return beside + still, beside * (2 if recipe.bf16 else 4)
+
+
+@dataclass(slots=True)
+class Shape:
+    """A micro-batch's tokens by module, and what they cost as the blocks of this machine were probed."""
+
+    config: ModelConfig
+    recipe: Settled
+    row: Row
+    examples: Sequence[Example]
+    mean: dict[str, float] = field(init=False)
+    worst: dict[str, int] = field(init=False)
+    probes: dict[str, Probe] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mean, self.worst = _tokens(self.examples, self.recipe, self.row)
+        self.probes = {name: probe(self.config, self.recipe, self.row, name) for name in self.worst}
+
+    @property
+    def tokens_per_step(self) -> dict[str, float]:
+        """Tokens each module runs in a mean step, the base under its own name and the teacher, too."""
+        return {n: count * self.recipe.gradient_accumulation_steps for n, count in self.mean.items()}
+
+    @property
+    def activations(self) -> int:
+        """Bytes kept for the backward pass of a large micro-batch, and what passes through while it is run."""
+        layers = self.config.layers
+        kept = {name: self.probes[name].bytes * count for name, count in self.worst.items()}
+        # Gradients of one block stand beside everything kept: as much again as that block keeps.
+        passing = max(kept.values())
+        return round(sum(kept.values()) * layers + passing) + self._written + self._head
+
+    @property
+    def _written(self) -> int:
+        """Keys and values that one module writes and another reads: as written, and in float32 for attention."""
+        if self.row.alone or (self.row.prompt_writer == OWN):  # on the tape, and counted there
+            copies = 0 if self.row.alone else 4
+        else:
+            copies = 4 + (2 if self.recipe.bf16 else 4)
+        each = 2 * self.config.kv_heads * self.config.head_width * self.config.layers
+        return copies * each * self.worst[self.row.prompt_writer]
+
+    @property
+    def _head(self) -> int:
+        """Logits, their log-softmax and its gradient, float32, for the answer tokens of a large micro-batch.
+
+        With a teacher its logits, their log-softmax and the divergence of every token stand beside them.
+        """
+        longest = sorted((sum(b - a for a, b in e.answers) for e in self.examples), reverse=True)
+        spoken = sum(longest[: self.recipe.per_device_train_batch_size])
+        return (6 if self.recipe.teacher else 3) * 4 * self.config.vocabulary * spoken
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Time of a mean step's blocks."""
+        once = sum(self.probes[n].seconds * self.config.layers * count for n, count in self.mean.items())
+        return self.recipe.gradient_accumulation_steps * once
+
+    def answering(self, prompts: int) -> tuple[int, float]:
+        """(bytes of pages, seconds) while so many prompts are answered, one token of each like another."""
+        if not prompts:
+            return 0, 0.0
+        name = TEACHER if self.recipe.teacher is not None else self.row.prompt_writer
+        tokens = prompts * sum(len(e.ids) for e in self.examples) / len(self.examples)
+        width = 2 if self.recipe.bf16 and (self.recipe.teacher or self.recipe.tuner == "lora") else 4
+        each = 2 * self.config.kv_heads * self.config.head_width * self.config.layers * width
+        limit = (CACHE_MIB if self.recipe.teacher is not None else EVALUATION_MIB) * MIB
+        return round(min(limit, tokens * each)), tokens * self.config.layers * self.probes[name].seconds
 
 
 def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
@@ -155,74 +256,18 @@ def _tokens(
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Padded tokens that each module runs in a micro-batch: mean and most."""
     batches = Batches(examples, batch_size=recipe.per_device_train_batch_size, seed=recipe.seed)
-    layouts = [lay_out(batches.at(step), row) for step in range(min(batches.steps_per_epoch, 64))]
+    seen = [batches.at(step) for step in range(min(batches.steps_per_epoch, 64))]
     counts: dict[str, list[int]] = {}
-    for layout in layouts:
+    for batch in seen:
+        layout = lay_out(batch, row, multiple=COLUMNS)
         counts.setdefault(row.prompt_writer, []).append(layout.prompt.numel())
         if layout.answers is not None:
             for name in dict.fromkeys(n for n in (row.answer_writer, row.speaker) if n != row.prompt_writer):
                 counts.setdefault(name, []).append(layout.answers.ids.numel())
-    return {n: sum(c) / len(layouts) for n, c in counts.items()}, {n: max(c) for n, c in counts.items()}
-
-
-def _head_bytes(config: ModelConfig, examples: Sequence[Example], recipe: Settled) -> int:
-    """Logits, their log-softmax and its gradient, float32, for the answer tokens of a large micro-batch."""
-    longest = sorted((sum(b - a for a, b in e.answers) for e in examples), reverse=True)
-    return 3 * 4 * config.vocabulary * sum(longest[: recipe.per_device_train_batch_size])
-
-
-def _probe(config: ModelConfig, recipe: Settled, row: Row, name: str) -> Probe:
-    """Run one block as the module called ``name`` runs in training; per token."""
-    kind = torch.bfloat16 if recipe.bf16 else torch.float32
-    own, tuned = name == "own", recipe.tuner == "full"
-    block = Block(config, 0).to(torch.float32 if own and tuned else kind)
-    block.requires_grad_(own and tuned)
-    length = min(64, config.max_length)
-    count = max(1, min(PROBE_TOKENS, recipe.per_device_train_batch_size * length) // length)
-    route = None
-    if own and not tuned:
-        targets = recipe.target_modules or READERS_OF_KEYS
-        add_adapter(block, name, r=recipe.r or 1, alpha=1.0, targets=targets)
-        route = whole(name)
-    # Behind a tuned writer the frozen speaker is on the tape: its input carries no gradient, its keys and values do.
-    taped = own or row.prompt_writer == "own"
-    positions = torch.arange(length).expand(count, length)
-    frequencies, scale = inverse_frequencies(config.rope, config.head_width)
-    x = torch.randn(
-        count, length, config.width, dtype=torch.float32 if own and tuned else kind, requires_grad=taped
-    )
-    angles = cos_sin(positions, frequencies, scale, x.dtype)
-
-    def once() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bf16), torch.set_grad_enabled(taped):
-            out = block(x, angles, Causal(), route)
-        if taped:
-            out.float().sum().backward()
-
-    kept = _kept_bytes(once, block) if not recipe.gradient_checkpointing else x.numel() * x.element_size()
-    once()
-    begin = time.perf_counter()
-    for _ in range(3):
-        once()
-    return Probe(
-        (time.perf_counter() - begin) / 3 / (count * length), (kept if taped else 0) / (count * length)
-    )
-
-
-def _kept_bytes(run: Any, block: Block) -> int:
-    """Bytes of distinct storages kept for the backward pass, the block's own weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
+        if recipe.teacher is not None:  # it reads every example from end to end
+            whole = layout.prompt.shape[0] * max(len(e.ids) - 1 for e in batch)
+            counts.setdefault(TEACHER, []).append(whole)
+    return {n: sum(c) / len(seen) for n, c in counts.items()}, {n: max(c) for n, c in counts.items()}
 
 
 def _duration(seconds: float) -> str:

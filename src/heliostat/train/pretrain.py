@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from heliostat.build import best_dtype
+from heliostat.build import best_dtype, device_named
 from heliostat.errors import Refused
 from heliostat.files import atomic_directory, atomic_write_text, locked
 from heliostat.model.config import config_json, parse_config
@@ -26,9 +26,10 @@ from heliostat.train.data import document_ids
 from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.loop import Run, Watch
 from heliostat.train.recipe import PretrainRecipe, SettledPretraining
+from heliostat.train.settings import identity_of, settings_of
 from heliostat.train.spellings import to_yaml
 from heliostat.train.text import PackedRows, TextObjective, text_loss
-from heliostat.train.tune import identity_of, settings_of
+from heliostat.train.track import check_tracker, tracking
 from heliostat.train.watch import draw_loss
 
 EMBEDDED = "embedded"
@@ -58,7 +59,10 @@ def pretrain(
 
     Checkpoints, log and picture lie in ``<output_dir>.run``. Raises Refused for data or shapes that do not fit.
     """
-    settled, out = recipe.resolve(bf16=best_dtype() is torch.bfloat16), Path(recipe.output_dir)
+    device = device_named(recipe.device)
+    settled = recipe.resolve(bf16=best_dtype(device) is torch.bfloat16, device=device)
+    check_tracker(settled.report_to)
+    out = Path(recipe.output_dir)
     if out.exists():
         raise Refused(f"{out} is already there; choose another output_dir, or remove it first")
     run_folder = out.with_name(f"{out.name}.run")
@@ -67,8 +71,9 @@ def pretrain(
         tokenizer_folder = _tokenizer(settled, run_folder)
         tokenizer = Tokenizer.load(tokenizer_folder)
         rows, held_out = _rows(settled, tokenizer, echo)
-        model = new_model(settled, max(tokenizer.size, settled.vocab_size))
-        history = _run(settled, model, rows, held_out, run_folder, tokenizer.digest, watching)
+        model = new_model(settled, max(tokenizer.size, settled.vocab_size)).to(device)
+        with watching(settled) as watch, tracking(settled, watch, run_folder, out.name, tell=echo) as both:
+            history = _run(settled, model, rows, held_out, run_folder, tokenizer.digest, both)
         _write(settled, model, tokenizer_folder, out)
         atomic_write_text(run_folder / "recipe.yaml", to_yaml(settled))
         draw_loss(history, run_folder / "loss.svg", title=f"pretraining {out.name}")
@@ -117,7 +122,7 @@ def _run(
     held_out: PackedRows,
     folder: Path,
     tokenizer: str,
-    watching: Callable[[SettledPretraining], AbstractContextManager[Watch]],
+    watch: Watch,
 ) -> tuple[Mapping[str, Any], ...]:
     objective = TextObjective(
         model, rows, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, recipe.seed
@@ -130,20 +135,22 @@ def _run(
         "save_total_limit",
         "resume_from_checkpoint",
         "eval_steps",
+        "device",
     }
     data = hashlib.sha256(rows.ids.numpy().data).hexdigest()
-    identity = identity_of(recipe.model_dump(exclude=ignored) | {"tokenizer": tokenizer, "rows": data})
+    # report_to as runs say that were begun before it could be anything else.
+    facts = {"tokenizer": tokenizer, "rows": data, "report_to": "none"}
+    identity = identity_of(recipe.model_dump(exclude=ignored) | facts)
 
     def judge() -> dict[str, float]:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bf16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
             return {"loss": text_loss(model, held_out)}
 
     settings = settings_of(recipe, steps=recipe.max_steps, warmup=recipe.warmup_steps())
     if recipe.resume_from_checkpoint is True and not checkpoint.checkpoints(folder):
         raise Refused(f"--resume-from-checkpoint true, but {folder} holds no checkpoint")
-    with watching(recipe) as watch:
-        run = Run(objective, dict(model.named_parameters()), settings, folder, identity, watch, judge)
-        return run.fit(resume=recipe.resume_from_checkpoint is not False).history
+    run = Run(objective, dict(model.named_parameters()), settings, folder, identity, watch, judge)
+    return run.fit(resume=recipe.resume_from_checkpoint is not False).history
 
 
 def _tokenizer(recipe: SettledPretraining, run_folder: Path) -> Path:
@@ -227,13 +234,18 @@ def _from_file(path: str, tokenizer: Tokenizer) -> list[list[int]]:
         return [document_ids(Record(text=part), tokenizer) for part in paragraphs(Path(path))]
     found = []
     for record in read_jsonl(path).records:
-        if record.text is not None:
-            found.append(document_ids(record, tokenizer))
-        else:
-            found.append(
-                tokenizer.encode(tokenizer.render([t.message for t in record.turns], generation=False))
-            )
+        try:
+            found.append(_document(record, tokenizer))
+        except Refused as reason:
+            raise Refused(f"{path}:{record.line}: {reason}") from reason
     return found
+
+
+def _document(record: Record, tokenizer: Tokenizer) -> list[int]:
+    """A text, or a conversation as its template writes it."""
+    if record.text is not None:
+        return document_ids(record, tokenizer)
+    return tokenizer.encode(tokenizer.render([t.message for t in record.turns], generation=False))
 
 
 def _write(recipe: SettledPretraining, model: Transformer, tokenizer_folder: Path, out: Path) -> None:

@@ -19,6 +19,7 @@ from heliostat.tasks.grade import METRICS
 
 Auto = Literal["auto"]
 Tuner = Literal["full", "lora"]
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Scheduler = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 
 Count = Annotated[int, Field(ge=1)]
@@ -112,8 +113,10 @@ class Pace(BaseModel):
     """Steps from one checkpoint to the next; 0: only at the end and on Ctrl-C."""
     save_total_limit: Count = 2
     """Checkpoints that are kept; older ones are removed."""
-    report_to: Literal["none"] = "none"
-    """Where else metrics go. So far nowhere: log.jsonl and the loss curve lie beside the result."""
+    report_to: Tracker = "none"
+    """Where metrics go beside log.jsonl and the loss curve: nowhere else, or to a tracker (an extra to install)."""
+    device: str = Field("auto", min_length=1)
+    """Where it computes: cpu, cuda or cuda:N; auto: cuda where torch sees one, else cpu."""
     resume_from_checkpoint: bool | Auto = "auto"
     """auto: go on with an unfinished run of this recipe; true: refuse to begin anew; false: begin anew."""
 
@@ -135,6 +138,8 @@ class Recipe(Pace):
     """Training data: jsonl of messages, prompt/completion, alpaca, sharegpt or text records."""
     eval_data: str | None = None
     """Held-out data of the same kinds, for evaluation during the run and at its end."""
+    eval_samples: Count = 200
+    """Held-out answers that are graded by metric at each eval_steps."""
     teacher: str | None = None
     """Member or module whose answers are learned, not the data's; the data may then be prompts alone."""
     tuner: Tuner | Auto = "auto"
@@ -193,14 +198,15 @@ class Recipe(Pace):
             )
         return self
 
-    def resolve(self, *, bf16: bool, hidden_size: int) -> Settled:
+    def resolve(self, *, bf16: bool, hidden_size: int, device: str = "cpu") -> Settled:
         """The same recipe with every `auto` a value.
 
-        ``bf16``: whether this hardware is fast at it. ``hidden_size``: the model's width, in channels.
+        ``bf16``: whether ``device`` is fast at it. ``hidden_size``: the model's width, in channels.
         """
         defaults = DEFAULTS.get((self.sharing, self.tuner), DEFAULTS[ANY, self.tuner])
         settled = {
             "bf16": bf16,
+            "device": device,
             "learning_rate": defaults.learning_rate,
             "lr_scheduler_type": defaults.lr_scheduler_type,
             "warmup_ratio": defaults.warmup_ratio,
@@ -352,9 +358,9 @@ class PretrainRecipe(Pace):
         """Steps of warm-up."""
         return round(self.warmup_ratio * self.max_steps)
 
-    def resolve(self, *, bf16: bool) -> SettledPretraining:
-        """The same recipe with every `auto` a value; ``bf16``: whether this hardware is fast at it."""
-        settled = {"bf16": bf16, "head_dim": self.hidden_size // self.num_attention_heads}
+    def resolve(self, *, bf16: bool, device: str = "cpu") -> SettledPretraining:
+        """The same recipe with every `auto` a value; ``bf16``: whether ``device`` is fast at it."""
+        settled = {"bf16": bf16, "device": device, "head_dim": self.hidden_size // self.num_attention_heads}
         return SettledPretraining(**_filled_in(self, settled))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from heliostat.family import Row
 from heliostat.llm import LLM
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.data import Examples, TooLong, answered_by, question_ids
-from heliostat.train.formats import BadLine, read_jsonl
+from heliostat.train.formats import BadLine, Record, Records, scan
 
 CACHE_MIB = 1024
 """Most memory for the pages of the teacher while it answers; gone before anything is trained."""
@@ -32,34 +33,84 @@ def taught_examples(
     An answer that is cut by ``max_length``, or by what CACHE_MIB holds where that is less, is left out.
     """
     longest = min(max_length, longest_that_fits(teacher.model, cache_mib=CACHE_MIB))
-    records = read_jsonl(path, skip_bad=skip_bad, prompts=True)
-    prompts, long = [], []
-    for record in records.records:
-        try:
-            ids = question_ids(record, tokenizer, max_length=max_length - 1)
-        except TooLong as reason:
-            if too_long == "refuse":
-                raise Refused(f"{path}:{record.line}: {reason}") from reason
-            long.append(BadLine(record.line, str(reason)))
-            continue
-        if len(ids) < longest:
-            prompts.append((record.line, ids))
-        else:
-            long.append(
-                BadLine(record.line, f"{len(ids)} tokens, and memory for the teacher holds {longest}")
-            )
+    asked = questions(path, tokenizer, max_length=max_length, skip_bad=skip_bad, too_long=too_long)
+    fitting = [(line, ids) for line, ids in asked.prompts if len(ids) < longest]
+    long = [
+        *asked.too_long,
+        *(
+            BadLine(line, f"{len(ids)} tokens, and memory for the teacher holds {longest}")
+            for line, ids in asked.prompts
+            if len(ids) >= longest
+        ),
+    ]
     rows = {"teacher": _alone(teacher.name)}
     llm = LLM.of({teacher.name: teacher}, rows, tokenizer, max_length=longest, cache_mib=CACHE_MIB)
-    answers = llm.generate([ids for _, ids in prompts], member="teacher", max_tokens=longest)
+    answers = llm.generate([ids for _, ids in fitting], member="teacher", max_tokens=longest)
     examples = []
-    for (line, ids), answer in zip(prompts, answers, strict=True):
+    for (line, ids), answer in zip(fitting, answers, strict=True):
         if answer.finish_reason == "stop":
             examples.append(answered_by(ids, answer.ids))
         else:
             long.append(BadLine(line, f"the teacher's answer did not end within {longest} tokens"))
     if not examples:
         raise Refused(f"{path}: the teacher ended no answer within {_limit(longest, max_length)}")
-    return Examples(Path(path), records.format, tuple(examples), records.bad, tuple(long))
+    return Examples(Path(path), asked.format, tuple(examples), asked.bad, tuple(long))
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """What a file asks, and what of it was left out."""
+
+    format: str
+    prompts: tuple[tuple[int, list[int]], ...]
+    """(line, token ids) of each prompt."""
+    bad: tuple[BadLine, ...]
+    too_long: tuple[BadLine, ...]
+
+
+def questions(
+    path: str | Path, tokenizer: Tokenizer, *, max_length: int, skip_bad: bool, too_long: str
+) -> Questions:
+    """The prompts of a jsonl file; all bad lines are refused in one message, unless ``skip_bad``."""
+    found = scan(path, prompts=True)
+    prompts: list[tuple[int, list[int]]] = []
+    used: list[Record] = []
+    bad, long = list(found.bad), list[BadLine]()
+    for record in found.records:
+        try:
+            prompts.append((record.line, question_ids(record, tokenizer, max_length=max_length - 1)))
+            used.append(record)
+        except TooLong as reason:
+            (long if too_long == "skip" else bad).append(BadLine(record.line, str(reason)))
+        except Refused as reason:
+            bad.append(BadLine(record.line, str(reason)))
+    bad.sort(key=lambda line: line.line)
+    if not used and long and not bad:
+        raise Refused(f"{path}: every prompt is too long, the first: {long[0].reason}")
+    Records(found.path, found.format, tuple(used), tuple(bad)).checked(skip_bad=skip_bad)
+    return Questions(found.format, tuple(prompts), tuple(bad), tuple(long))
+
+
+def asked_examples(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    skip_bad: bool = False,
+    too_long: Literal["refuse", "skip"] = "refuse",
+) -> Examples:
+    """The prompts of a file with answers of a likely length, for counting before a teacher has spoken.
+
+    As long as the data's own answer to that prompt where there is one; else as long as is allowed, so that nothing
+    takes more than was said.
+    """
+    asked = questions(path, tokenizer, max_length=max_length, skip_bad=skip_bad, too_long=too_long)
+    known = {r.line: len(tokenizer.encode(r.answer)) + 1 for r in scan(path).records if r.answer is not None}
+    examples = []
+    for line, ids in asked.prompts:
+        room = max_length - len(ids)
+        examples.append(answered_by(ids, [0] * min(room, known.get(line, room))))
+    return Examples(Path(path), asked.format, tuple(examples), asked.bad, asked.too_long)
 
 
 def _limit(longest: int, max_length: int) -> str:

@@ -116,6 +116,7 @@ def text_loss(model: Transformer, rows: PackedRows, *, batch: int = 32) -> float
     total, count = 0.0, 0
     for start in range(0, rows.ids.shape[0], batch):
         part = slice(start, start + batch)
-        micro = TextMicro(model, rows.ids[part], rows.documents[part], rows.positions[part])
+        held = (rows.ids[part], rows.documents[part], rows.positions[part])
+        micro = TextMicro(model, *(t.to(model.device) for t in held))
         total, count = total + float(micro.loss()), count + micro.spoken
     return total / count

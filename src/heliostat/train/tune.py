@@ -3,51 +3,52 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from heliostat.build import (
     BASE,
     RUNS,
-    Loaded,
-    best_dtype,
     changing,
-    config_of,
     describe_module,
-    load_modules,
-    load_tokenizer,
     module_folder,
     new_module_folder,
     read_family,
-    verify_module,
     write_family,
 )
 from heliostat.errors import Refused
-from heliostat.family import SHARINGS, Family, Member, Row, own_module_name
+from heliostat.family import SHARINGS, Family, Member, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import save_adapter
-from heliostat.linear.lora import adapter_of, add_adapter
-from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import read_tensors, save_checkpoint, state_of, weight_files
 from heliostat.train import checkpoint
-from heliostat.train.data import Batches, Example, Examples, read_examples
+from heliostat.train.evaluate import accuracy_in_training
 from heliostat.train.formats import Record, read_jsonl
-from heliostat.train.loop import Run, Settings, Watch
-from heliostat.train.objective import MemberObjective, evaluation_loss
-from heliostat.train.recipe import Pace, Recipe, Settled
+from heliostat.train.job import JUDGED, Job, objective_of, prepare
+from heliostat.train.loop import Run, Watch
+from heliostat.train.objective import evaluation_loss
+from heliostat.train.recipe import Recipe
+from heliostat.train.settings import identity_of, settings_of
 from heliostat.train.spellings import changes, to_yaml
-from heliostat.train.teacher import taught_examples
+from heliostat.train.track import tracking
 from heliostat.train.watch import draw_loss
 
-JUDGED = 256
-"""Held-out examples whose loss is measured during a run."""
+__all__ = [
+    "FREE",
+    "JUDGED",
+    "Job",
+    "Outcome",
+    "first_prompts",
+    "note_evaluation",
+    "objective_of",
+    "prepare",
+    "settings_of",
+    "tune",
+]
+
 FREE = frozenset(
     (
         "family",
@@ -56,45 +57,13 @@ FREE = frozenset(
         "save_total_limit",
         "resume_from_checkpoint",
         "eval_data",
+        "eval_samples",
         "metric",
+        "report_to",
+        "device",
     )
 )
 """Fields of a recipe that may change between the parts of one run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything a run needs, in memory."""
-
-    folder: Path
-    family: Family
-    recipe: Settled
-    tokenizer: Tokenizer
-    row: Row
-    own: str
-    modules: Mapping[str, Loaded]
-    parameters: Mapping[str, nn.Parameter]
-    examples: tuple[Example, ...]
-    skipped: int
-    """Lines of the data that were left out."""
-    held_out: tuple[Example, ...]
-    teacher: Loaded | None
-    steps: int
-
-    @property
-    def run_folder(self) -> Path:
-        """Checkpoints, log, picture and recipe of this run."""
-        return self.folder / RUNS / self.recipe.member
-
-    @property
-    def trainable(self) -> int:
-        return sum(p.numel() for p in self.parameters.values())
-
-    @property
-    def total(self) -> int:
-        """Parameters of all modules in memory, shared weights once."""
-        models = {id(m.model): m.model for m in self.modules.values()}
-        return sum(p.numel() for model in models.values() for p in model.parameters())
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +94,11 @@ def tune(
     with locked(run_folder / "run.lock", wait=False):
         job = prepare(recipe, echo=echo)
         _keep_recipe(job)
-        with watching(job) as watch:
-            history = _run(job, watch)
+        with (
+            watching(job) as watch,
+            tracking(job.recipe, watch, run_folder, recipe.member, tell=echo) as both,
+        ):
+            history = _run(job, both)
         draw_loss(
             history, run_folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}"
         )
@@ -147,88 +119,33 @@ def _check_name(family: Family, recipe: Recipe) -> None:
     family.free_name(name, folder=folder)
 
 
-def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) -> Job:
-    """Read, check and load everything; refuses what cannot work, with the reason, before any training."""
-    folder = Path(recipe.family)
-    family = read_family(folder)
-    config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
-    settled = recipe.resolve(bf16=best_dtype() is torch.bfloat16, hidden_size=config.width)
-    settled.check_targets(config.linears)
-    own = own_module_name(recipe.member, family.modules)
-    row = SHARINGS[recipe.sharing].instantiate(own)
-    if settled.max_length > config.max_length:
-        settled = settled.model_copy(update={"max_length": config.max_length})
-    teacher = _load_teacher(folder, family, settled)
-    data = learned(settled, tokenizer, row, teacher)
-    held_out = judged(settled, tokenizer)
-    torch.manual_seed(recipe.seed)
-    modules, parameters = _modules(folder, family, settled, row, own)
-    if recipe.gradient_checkpointing:
-        for module in modules.values():
-            module.model.checkpointing = True
-    for note in _notes(data):
-        echo(note)
-    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
-    return Job(
-        folder=folder,
-        family=family,
-        recipe=settled,
-        tokenizer=tokenizer,
-        row=row,
-        own=own,
-        modules=modules,
-        parameters=parameters,
-        examples=data.examples,
-        skipped=len(data.bad) + len(data.too_long),
-        held_out=held_out[:JUDGED],
-        teacher=teacher,
-        steps=steps,
-    )
-
-
-def settings_of(recipe: Pace, *, steps: int, warmup: int) -> Settings:
-    """The loop's settings that a resolved recipe asks for."""
-    return Settings(
-        steps=steps,
-        learning_rate=recipe.learning_rate,  # type: ignore[attr-defined]
-        lr_scheduler_type=recipe.lr_scheduler_type,  # type: ignore[attr-defined]
-        warmup_steps=warmup,
-        decay_share=recipe.decay_ratio,
-        weight_decay=recipe.weight_decay,  # type: ignore[attr-defined]
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        epsilon=recipe.adam_epsilon,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=bool(recipe.bf16),
-        logging_steps=recipe.logging_steps,
-        eval_steps=recipe.eval_steps,
-        save_steps=recipe.save_steps,
-        save_total_limit=recipe.save_total_limit,
-    )
-
-
-def identity_of(facts: Mapping[str, Any]) -> str:
-    """What must be equal for a run to go on from a checkpoint (hex)."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def objective_of(job: Job) -> MemberObjective:
-    """What the job learns, step by step."""
-    batches = Batches(job.examples, batch_size=job.recipe.per_device_train_batch_size, seed=job.recipe.seed)
-    return MemberObjective(batches, job.recipe.gradient_accumulation_steps, job.row, job.modules, job.teacher)
-
-
 def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
     recipe = job.recipe
     settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
-    judge = None
-    if job.held_out:
-        judge = lambda: {"loss": evaluation_loss(job.held_out, job.row, job.modules, bf16=recipe.bf16)}  # noqa: E731
-    run = Run(objective_of(job), job.parameters, settings, job.run_folder, _identity(job), watch, judge)
+    run = Run(objective_of(job), job.parameters, settings, job.run_folder, _identity(job), watch, _judge(job))
     return run.fit(resume=recipe.resume_from_checkpoint is not False).history
+
+
+def _judge(job: Job) -> Callable[[], Mapping[str, float]] | None:
+    """What is measured on held-out data: the loss, and in the course of the run also right answers."""
+    if not job.held_out:
+        return None
+    # At the end alone, whoever tunes asks the finished member, as it will be served.
+    questions = job.questions if job.recipe.eval_steps else ()
+
+    def judge() -> Mapping[str, float]:
+        loss = evaluation_loss(job.held_out, job.row, job.modules, bf16=job.recipe.bf16)
+        if not questions:
+            return {"loss": loss}
+        right = accuracy_in_training(questions, job.row, job.modules, job.tokenizer, metric=job.recipe.metric)
+        return {"loss": loss, "accuracy": right}
+
+    return judge
 
 
 def _identity(job: Job) -> str:
     facts = job.recipe.model_dump(exclude=set(FREE)) | {
+        "report_to": "none",  # as runs say that were begun before it could be anything else
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
         "digests": {
             name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)
@@ -248,92 +165,6 @@ def _keep_recipe(job: Job) -> None:
         why = f" ({'; '.join(changed)})" if changed else ""
         checkpoint.refuse_other(job.run_folder, identity=_identity(job), why=why)
     atomic_write_text(path, to_yaml(job.recipe))
-
-
-def learned(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
-    """The examples of all files. Raises Refused for bad lines, and for texts where the row parts a model in two."""
-    found = []
-    for path in recipe.data:
-        options = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad, "too_long": recipe.too_long}
-        if teacher is not None:
-            found.append(taught_examples(path, tokenizer, teacher, **options))  # type: ignore[arg-type]
-        else:
-            found.append(read_examples(path, tokenizer, **options))  # type: ignore[arg-type]
-    texts = [f.path for f in found if f.format == "text"]
-    if texts and not row.alone:
-        raise Refused(
-            f"{texts[0]} is plain text, which has no prompt and no answer: sharing {recipe.sharing!r} "
-            "parts a model between the two. Give prompts with answers, or use --sharing independent"
-        )
-    return Examples(
-        found[0].path,
-        found[0].format,
-        tuple(e for f in found for e in f.examples),
-        tuple(b for f in found for b in f.bad),
-        tuple(b for f in found for b in f.too_long),
-    )
-
-
-def judged(recipe: Settled, tokenizer: Tokenizer) -> tuple[Example, ...]:
-    """Held-out examples, none where no eval_data are given; those that are too long are left out."""
-    if recipe.eval_data is None:
-        return ()
-    return read_examples(recipe.eval_data, tokenizer, max_length=recipe.max_length, too_long="skip").examples
-
-
-def _notes(data: Examples) -> list[str]:
-    left_out = (("bad lines", data.bad), ("records longer than max_length allows", data.too_long))
-    return [
-        f"left out {len(lines)} {what}, the first: line {lines[0].line}: {lines[0].reason}"
-        for what, lines in left_out
-        if lines
-    ]
-
-
-def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | None:
-    if recipe.teacher is None:
-        return None
-    row = family.row(recipe.teacher)
-    if not row.alone:
-        raise Refused(
-            f"teacher {recipe.teacher!r} shares its row with the base; only a whole model can teach (independent)"
-        )
-    kind = torch.bfloat16 if recipe.bf16 else torch.float32
-    return load_modules(folder, family, [row.speaker], dtype=kind)[row.speaker]
-
-
-def _modules(
-    folder: Path, family: Family, recipe: Settled, row: Row, own: str
-) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
-    """The row's modules in memory, and what of them is trained."""
-    frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
-    verify_module(folder, family, BASE)
-    if recipe.tuner == "lora":
-        return _with_adapter(
-            load_modules(folder, family, [BASE], dtype=frozen_kind, verify=False), recipe, own
-        )
-    own_model = load_modules(folder, family, [BASE], dtype=torch.float32, verify=False)[BASE].model
-    modules = {own: Loaded(own, "", own, own_model)}
-    if BASE in row.modules:
-        modules |= load_modules(folder, family, [BASE], dtype=frozen_kind, verify=False)
-    written = {row.prompt_writer, row.answer_writer}
-    for name, parameter in own_model.named_parameters():
-        # A module that only speaks reads others' keys and values; its own projections for them are never used.
-        parameter.requires_grad_(
-            own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm"))
-        )
-    return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
-
-
-def _with_adapter(
-    loaded: dict[str, Loaded], recipe: Settled, own: str
-) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
-    assert recipe.r is not None and recipe.lora_alpha is not None and recipe.target_modules is not None
-    model = loaded[BASE].model
-    add_adapter(model, own, r=recipe.r, alpha=recipe.lora_alpha, targets=recipe.target_modules)
-    parts = adapter_of(model, own)
-    parameters = {f"{path}.{name}": p for path, part in parts.items() for name, p in part.named_parameters()}
-    return {**loaded, own: Loaded(own, "", BASE, model, own)}, parameters
 
 
 def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:

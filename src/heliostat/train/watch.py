@@ -31,6 +31,7 @@ class Bar:
         self.progress = Progress(*columns, console=self.console, transient=False, disable=as_json)
         self.task = self.progress.add_task(what, total=total, facts="")
         self._speed = 0.0
+        self._judged: dict[str, float] = {}  # the last evaluation stays in sight until the next one
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -47,9 +48,8 @@ class Bar:
             if record["step"] % self.every == 0 or record["step"] == self.total:
                 print(json.dumps(record), file=sys.stderr, flush=True)
             return
-        judged = "".join(
-            f"  {k.removeprefix('eval_')} {v:.3g}" for k, v in record.items() if k.startswith("eval_")
-        )
+        self._judged = {k: v for k, v in record.items() if k.startswith("eval_")} or self._judged
+        judged = "".join(f"  {k.replace('_', ' ')} {v:.3g}" for k, v in self._judged.items())
         facts = f"loss {record['loss']:.3f}{judged}  {self._speed:,.0f} tokens/s  {resident_mib():,.0f} MiB"
         self.progress.update(self.task, completed=record["step"], facts=facts)
 
@@ -73,9 +73,14 @@ def resident_mib() -> float:
 
 
 def draw_loss(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Write the loss curve as SVG, with evaluation losses where there are any."""
-    series = {"training": [(r["step"], r["loss"]) for r in history]}
-    judged = [(r["step"], r["eval_loss"]) for r in history if "eval_loss" in r]
-    if judged:
+    """Write the loss curve as SVG, with evaluation losses and accuracies where there are any."""
+    series = {"training": _curve(history, "loss")}
+    if judged := _curve(history, "eval_loss"):
         series["evaluation"] = judged
-    atomic_write_text(path, lines(series, title=title, x="step", y="loss, nats a token"))
+    right = _curve(history, "eval_accuracy")
+    shares = {"right answers": right} if right else None
+    atomic_write_text(path, lines(series, title=title, x="step", y="loss, nats a token", shares=shares))
+
+
+def _curve(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(r["step"], r[name]) for r in history if name in r]

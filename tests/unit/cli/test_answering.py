@@ -59,3 +59,12 @@ def test_what_cannot_be_answered_is_refused(
     heliostat: Heliostat, tiny_family: Path, words: list[str], said: str
 ) -> None:
     assert said in heliostat("generate", tiny_family, *words, status=2).stderr
+
+
+def test_answers_fit_the_schema_in_a_file(heliostat: Heliostat, tiny_family: Path, tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps({"type": "object", "properties": {"sum": {"enum": [5]}}, "required": ["sum"]}))
+    words = ["generate", tiny_family, "--prompt", "add 2 and 3", "--schema", path, "--max-tokens", 99]
+    assert heliostat(*words).stdout.startswith("{")
+    path.write_text('{"type": "nonsense"}')
+    assert "Invalid type: nonsense" in heliostat(*words, status=2).stderr

@@ -74,3 +74,12 @@ def test_a_family_without_a_chat_template_is_refused(
     (base / "chat_template.jinja").unlink()
     heliostat("init", tmp_path / "fam", "--base", base)
     assert "no chat template" in heliostat("chat", tmp_path / "fam", typed="hi\n", status=2).stderr
+
+
+def test_a_device_that_is_not_there_is_refused_by_chat_and_generate(
+    heliostat: Heliostat, tiny_family: Path
+) -> None:
+    for words in (("chat", tiny_family), ("generate", tiny_family, "--prompt", "add 1 and 2")):
+        result = heliostat(*words, "--device", "cuda:99", status=2)
+        assert "device is 'cuda:99'; torch sees here: cpu" in result.stderr
+        assert heliostat(*words, "--device", "cpu", "--max-tokens", 2, typed="hello\n").exit_code == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from heliostat.build import init_family
+from heliostat.build import init_family, read_family
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS
 from heliostat.train.forecast import Forecast, forecast
@@ -94,6 +94,7 @@ def test_the_json_is_complete(bare_family: Path, tiny_data: Path) -> None:
     assert facts.keys() == {f.name for f in fields(Forecast)} | {"memory", "seconds"}
     assert facts["memory"] == told.weights + told.optimizer + told.activations + told.process
     assert facts["seconds"] == pytest.approx(told.steps * told.seconds_per_step)
+    assert (told.teacher, told.pages, told.seconds_answering, told.skipped) == (0, 0, 0.0, 0)
     shown = dict(told.rows())
     assert shown["trainable parameters"] == "28,192 (50.0% of what is loaded)"
     assert shown["optimizer steps"] == "3" and "s a step" in shown["time"]
@@ -102,7 +103,7 @@ def test_the_json_is_complete(bare_family: Path, tiny_data: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher": "base"}, "--dry-run counts the answers' tokens, and a teacher's answers are not known"),
+        ({"teacher": "nobody"}, "no member 'nobody'"),
         ({"member": "base"}, "is the name of a module"),
         ({"max_length": 8}, "more than max_length 8"),
         ({"tuner": "lora", "target_modules": "q_proj,w_proj"}, "target_modules w_proj: this model has"),
@@ -123,3 +124,46 @@ def test_texts_have_no_halves_in_a_dry_run_either(bare_family: Path, tmp_path: P
     with pytest.raises(Refused, match="plain text"):
         forecast(recipe(bare_family, texts))
     assert forecast(recipe(bare_family, texts, sharing="independent")).examples == 1
+
+
+@pytest.mark.parametrize("sharing", list(SHARINGS))
+def test_a_teacher_is_counted(bare_family: Path, tiny_data: Path, sharing: str) -> None:
+    options: dict[str, Any] = {"sharing": sharing, "tuner": "full", "bf16": False}
+    alone = forecast(recipe(bare_family, tiny_data, **options))
+    taught = forecast(recipe(bare_family, tiny_data, teacher="base", **options))
+    base = read_family(bare_family).module("base").parameters
+    assert taught.teacher == 4 * base and (taught.weights, taught.trainable) == (
+        alone.weights,
+        alone.trainable,
+    )
+    assert taught.examples == alone.examples and taught.answer_tokens == alone.answer_tokens
+    # It reads what the row reads, prompts and answers; and it has said them all before the run.
+    assert taught.tokens_per_step["teacher"] >= alone.answer_tokens / alone.steps
+    assert taught.tokens_per_step.keys() - {"teacher"} == alone.tokens_per_step.keys()
+    assert taught.activations > alone.activations and taught.seconds_answering > 0
+    assert taught.memory >= taught.weights + taught.optimizer + taught.activations + taught.teacher
+    assert "teacher" in dict(taught.rows())["tokens a step, by module"] and "  teacher" in dict(taught.rows())
+
+
+def test_answers_that_nobody_knows_yet_take_all_the_room(bare_family: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"prompt": "add 1 and 2"}\n{"prompt": "add 3 and 4", "completion": "7"}\n{"prompt": 5}\n'
+    )
+    with pytest.raises(Refused, match=r"prompts.jsonl:3: "):
+        forecast(recipe(bare_family, prompts, teacher="base"))
+    told = forecast(recipe(bare_family, prompts, teacher="base", skip_bad=True))
+    assert (told.examples, told.skipped) == (2, 1) and dict(told.rows())["lines left out"] == "1"
+    assert 128 / 2 < told.answer_tokens < 128 + 8
+
+
+def test_a_teacher_that_is_half_a_model_is_refused(tiny_family: Path, tiny_data: Path) -> None:
+    with pytest.raises(Refused, match="teacher 'math' shares its row with the base"):
+        forecast(recipe(tiny_family, tiny_data, teacher="math"))
+
+
+def test_evaluations_during_the_run_are_counted(bare_family: Path, tiny_data: Path) -> None:
+    options = {"eval_data": str(tiny_data), "max_steps": 10}
+    none, some = (forecast(recipe(bare_family, tiny_data, eval_steps=every, **options)) for every in (0, 4))
+    assert none.pages == 0 and none.seconds_answering == 0
+    assert some.pages > 0 and some.seconds_answering > 0 and some.seconds > some.steps * some.seconds_per_step

@@ -15,6 +15,7 @@ from heliostat.build import init_family, load_modules, load_tokenizer, read_fami
 from heliostat.errors import Refused
 from heliostat.llm import LLM
 from heliostat.model.seam import Causal
+from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import read_tensors, weight_files
 from heliostat.train.loop import Interrupted
 from heliostat.train.pretrain import Pretrained, new_model, paragraphs, pretrain
@@ -200,3 +201,19 @@ def test_wishes_that_cannot_be_met(texts: tuple[str, str], tmp_path: Path) -> No
 def test_paragraphs_are_cut_at_empty_lines(texts: tuple[str, str]) -> None:
     assert paragraphs(Path(texts[0])) == SUMS.split("\n\n")
     assert paragraphs(Path(texts[1]))[1] == "the word b comes before bs\n and  after  that"
+
+
+def test_a_record_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, tiny_base: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    turns = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}
+    path.write_text(f"{json.dumps({'text': 'one and two'})}\n{json.dumps(turns)}\n")
+    with pytest.raises(Refused, match=r"d.jsonl:2: .*read as text"):
+        run(recipe(tmp_path / "out", str(path), tokenizer=str(tiny_base)))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one and two", "one")))
+    with pytest.MonkeyPatch.context() as short:
+        real = Tokenizer.plain_prompt_ids
+        short.setattr(
+            Tokenizer, "plain_prompt_ids", lambda self, text: [] if text == "one" else real(self, text)
+        )
+        with pytest.raises(Refused, match=r"d.jsonl:2: the text has fewer than two tokens"):
+            run(recipe(tmp_path / "out", str(path), tokenizer=str(tiny_base)))

@@ -65,7 +65,10 @@ class TestArguments:
             ({"data": []}, r"data is \[\]; it must be not empty"),
             ({"member": 7}, "member is 7; it must be a text"),
             ({"bf16": "perhaps"}, "bf16 is 'perhaps'; it must be true or false, or 'auto'"),
-            ({"report_to": "wandb"}, "report_to is 'wandb'; it must be 'none'"),
+            (
+                {"report_to": "mlflow"},
+                "report_to is 'mlflow'; it must be 'none', 'tensorboard', 'wandb' or 'trackio'",
+            ),
             (
                 {"sharing": "prefilshare"},
                 r"no sharing 'prefilshare' \(did you mean 'prefillshare'\?\); there is: ",

@@ -16,6 +16,8 @@ from heliostat.errors import Refused
 from heliostat.export import rename_member
 from heliostat.family import SHARINGS
 from heliostat.files import locked
+from heliostat.llm import LLM
+from heliostat.train.evaluate import evaluate
 from heliostat.train.loop import Interrupted
 from heliostat.train.recipe import Recipe
 from heliostat.train.tune import Job, Outcome, first_prompts, note_evaluation, prepare, tune
@@ -123,7 +125,48 @@ def test_what_was_left_out_is_told(bare_family: Path, tiny_data: Path, tmp_path:
     told: list[str] = []
     job = prepare(recipe(bare_family, data, skip_bad=True, too_long="skip"), echo=told.append)
     assert (len(job.examples), job.skipped) == (24, 2)
-    assert "left out 1 bad lines, the first: line 25" in told[0] and "1 records longer" in told[1]
+    assert f"left out 1 bad lines, the first: {data}:25: " in told[0] and "1 records longer" in told[1]
+
+
+BAD = {
+    "malformed": ("{", "malformed JSON"),
+    "empty": (json.dumps({"prompt": "add 1 and 1", "completion": " "}), "empty answer|empty completion"),
+    "role": (
+        json.dumps({"prompt": [{"role": "assistant", "content": "5"}], "completion": "5"}),
+        "wrong role order",
+    ),
+    "bytes": ('{"prompt": "\xff", "completion": "5"}', "not UTF-8"),
+    "long": (json.dumps({"prompt": "add " * 200, "completion": "5"}), "more than max_length 12"),
+}
+
+
+# A teacher's prompts need no answers; held-out records that are too long are left out.
+FAULTS = [
+    (kind, use)
+    for kind in BAD
+    for use in ("data", "eval_data", "teacher")
+    if (kind, use) not in {("empty", "teacher"), ("long", "eval_data")}
+]
+
+
+@pytest.mark.parametrize(("kind", "use"), FAULTS)
+def test_a_bad_line_is_named_before_training_and_counted_where_it_may_be_left_out(
+    bare_family: Path, tiny_data: Path, tmp_path: Path, kind: str, use: str
+) -> None:
+    bad, (line, reason) = tmp_path / "bad.jsonl", BAD[kind]
+    good = tiny_data.read_text().splitlines()[:3]
+    bad.write_bytes("\n".join([*good[:2], line, good[2]]).encode("latin-1" if kind == "bytes" else "utf-8"))
+    asked: dict[str, Any] = {"eval_data": str(bad)} if use == "eval_data" else {}
+    asked |= {"teacher": "base"} if use == "teacher" else {}
+    data = tiny_data if use == "eval_data" else bad
+    with pytest.raises(Refused, match=rf"bad.jsonl:3: .*({reason})"):
+        tune(recipe(bare_family, data, **asked), watching=never)
+    told: list[str] = []
+    if use == "teacher":
+        return  # an untrained teacher ends no answer; test_teacher counts what is skipped
+    job = prepare(recipe(bare_family, data, skip_bad=True, **asked), echo=told.append)
+    assert len(told) == 1 and told[0].startswith(f"left out 1 bad lines, the first: {bad}:3: ")
+    assert len(job.examples if use == "data" else job.held_out) == 3
 
 
 def test_several_files_are_one_set(bare_family: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -226,3 +269,48 @@ def test_first_prompts_are_the_held_out_ones_where_there_are_any(tiny_data: Path
         ["add 0 and 0", "add 0 and 1"],
         ["why"],
     ]
+
+
+# Accuracy in the course of a run
+
+
+def test_right_answers_are_counted_during_the_run_and_change_nothing(
+    bare_family: Path, tiny_data: Path, tune_member: Tune
+) -> None:
+    options = {"max_steps": 60, "learning_rate": 0.01, "logging_steps": 1}
+    plain = tune_member(bare_family, "one", "independent", tiny_data, **options)
+    graded = {"eval_data": str(tiny_data), "metric": "contains", "eval_steps": 25, "eval_samples": 24}
+    judged = tune_member(bare_family, "two", "independent", tiny_data, **options, **graded)
+    assert [r["loss"] for r in plain.history] == [r["loss"] for r in judged.history]
+    found = [(r["step"], r["eval_accuracy"]) for r in judged.history if "eval_accuracy" in r]
+    assert [step for step, _ in found] == [25, 50, 60] and all(0 <= right <= 1 for _, right in found)
+    # What the finished member is graded at, as it is served, is what the run said last.
+    llm = LLM(bare_family, members=["two"], dtype="float32", cache_mib=16)
+    assert evaluate(llm, "two", tiny_data, metric="contains").accuracy == pytest.approx(found[-1][1])
+    assert found[-1][1] > 0, "the toy has learned nothing: this test shows nothing"
+    logged = [json.loads(line) for line in (judged.run_folder / "log.jsonl").read_text().splitlines()]
+    assert [r["eval_accuracy"] for r in logged if "eval_accuracy" in r] == [right for _, right in found]
+    assert "right answers" in (judged.run_folder / "loss.svg").read_text()
+    assert "right answers" not in (plain.run_folder / "loss.svg").read_text()
+
+
+@pytest.mark.parametrize("sharing", list(SHARINGS))
+def test_every_row_is_asked_as_itself(
+    bare_family: Path, tiny_data: Path, tune_member: Tune, sharing: str
+) -> None:
+    options = {"eval_data": str(tiny_data), "eval_steps": 2, "eval_samples": 5, "metric": "exact"}
+    outcome = tune_member(bare_family, "m", sharing, tiny_data, max_steps=4, **options)
+    assert sum("eval_accuracy" in record for record in outcome.history) == 2
+
+
+def test_a_run_that_is_only_judged_at_its_end_counts_no_answers(
+    bare_family: Path, tiny_data: Path, tune_member: Tune
+) -> None:
+    outcome = tune_member(bare_family, "m", "sun", tiny_data, max_steps=2, eval_data=str(tiny_data))
+    assert "eval_loss" in outcome.history[-1] and "eval_accuracy" not in outcome.history[-1]
+
+
+def test_a_device_that_is_not_there_is_refused(bare_family: Path, tiny_data: Path) -> None:
+    with pytest.raises(Refused, match=r"device is 'cuda:99'; torch sees here: cpu"):
+        prepare(recipe(bare_family, tiny_data, device="cuda:99"))
+    assert prepare(recipe(bare_family, tiny_data, device="cpu")).recipe.device == "cpu"

@@ -1,0 +1,235 @@
+"""A run's preparation: recipe, data and family become a job, with everything in memory that it trains or needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from heliostat.build import (
+    BASE,
+    RUNS,
+    Loaded,
+    best_dtype,
+    config_of,
+    device_named,
+    load_modules,
+    load_tokenizer,
+    read_family,
+    verify_module,
+)
+from heliostat.errors import Refused
+from heliostat.family import SHARINGS, Family, Row, own_module_name
+from heliostat.linear.lora import adapter_of, add_adapter
+from heliostat.model.config import ModelConfig
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.train.data import Batches, Example, Examples, read_examples
+from heliostat.train.formats import Record, read_jsonl
+from heliostat.train.objective import MemberObjective
+from heliostat.train.recipe import Recipe, Settled
+from heliostat.train.teacher import taught_examples
+from heliostat.train.track import check_tracker
+
+JUDGED = 256
+"""Held-out examples whose loss is measured during a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything a run needs, in memory."""
+
+    folder: Path
+    family: Family
+    recipe: Settled
+    tokenizer: Tokenizer
+    row: Row
+    own: str
+    modules: Mapping[str, Loaded]
+    parameters: Mapping[str, nn.Parameter]
+    examples: tuple[Example, ...]
+    skipped: int
+    """Lines of the data that were left out."""
+    held_out: tuple[Example, ...]
+    questions: tuple[Record, ...]
+    """Held-out records whose answers are graded in the course of the run."""
+    teacher: Loaded | None
+    steps: int
+
+    @property
+    def run_folder(self) -> Path:
+        """Checkpoints, log, picture and recipe of this run."""
+        return self.folder / RUNS / self.recipe.member
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def total(self) -> int:
+        """Parameters of all modules in memory, shared weights once."""
+        models = {id(m.model): m.model for m in self.modules.values()}
+        return sum(p.numel() for model in models.values() for p in model.parameters())
+
+
+def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) -> Job:
+    """Read, check and load everything; refuses what cannot work, with the reason, before any training."""
+    folder = Path(recipe.family)
+    family = read_family(folder)
+    config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
+    settled = settle(recipe, config)
+    own = own_module_name(recipe.member, family.modules)
+    row = SHARINGS[recipe.sharing].instantiate(own)
+    teacher = _load_teacher(folder, family, settled)
+    data = learned(settled, tokenizer, row, teacher)
+    held_out, questions = judged(settled, tokenizer)
+    torch.manual_seed(recipe.seed)
+    modules, parameters = _modules(folder, family, settled, row, own)
+    if recipe.gradient_checkpointing:
+        for module in modules.values():
+            module.model.checkpointing = True
+    for line in (*notes(data), *(notes(held_out) if held_out else ())):
+        echo(line)
+    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
+    return Job(
+        folder=folder,
+        family=family,
+        recipe=settled,
+        tokenizer=tokenizer,
+        row=row,
+        own=own,
+        modules=modules,
+        parameters=parameters,
+        examples=data.examples,
+        skipped=len(data.bad) + len(data.too_long),
+        held_out=held_out.examples[:JUDGED] if held_out else (),
+        questions=questions[: settled.eval_samples],
+        teacher=teacher,
+        steps=steps,
+    )
+
+
+def settle(recipe: Recipe, config: ModelConfig) -> Settled:
+    """The recipe with every `auto` a value, on this machine and for a model of this shape. Refused where they differ."""
+    device = device_named(recipe.device)
+    fast = best_dtype(device) is torch.bfloat16
+    settled = recipe.resolve(bf16=fast, hidden_size=config.width, device=device)
+    settled.check_targets(config.linears)
+    check_tracker(settled.report_to)
+    return settled.model_copy(update={"max_length": min(settled.max_length, config.max_length)})
+
+
+def objective_of(job: Job) -> MemberObjective:
+    """What the job learns, step by step."""
+    batches = Batches(job.examples, batch_size=job.recipe.per_device_train_batch_size, seed=job.recipe.seed)
+    return MemberObjective(batches, job.recipe.gradient_accumulation_steps, job.row, job.modules, job.teacher)
+
+
+def learned(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
+    """The examples of all files. Raises Refused for bad lines, and for texts where the row parts a model in two."""
+    found = []
+    for path in recipe.data:
+        options = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad, "too_long": recipe.too_long}
+        if teacher is not None:
+            found.append(taught_examples(path, tokenizer, teacher, **options))  # type: ignore[arg-type]
+        else:
+            found.append(read_examples(path, tokenizer, **options))  # type: ignore[arg-type]
+    texts = [f.path for f in found if f.format == "text"]
+    if texts and not row.alone:
+        raise Refused(
+            f"{texts[0]} is plain text, which has no prompt and no answer: sharing {recipe.sharing!r} "
+            "parts a model between the two. Give prompts with answers, or use --sharing independent"
+        )
+    return joined(found)
+
+
+def joined(found: Sequence[Examples]) -> Examples:
+    """Several files' examples as one set."""
+    return Examples(
+        found[0].path,
+        found[0].format,
+        tuple(e for f in found for e in f.examples),
+        tuple(b for f in found for b in f.bad),
+        tuple(b for f in found for b in f.too_long),
+    )
+
+
+def judged(recipe: Settled, tokenizer: Tokenizer) -> tuple[Examples | None, tuple[Record, ...]]:
+    """Held-out examples and the records among them that ask something; those that are too long are left out.
+
+    Nothing where no eval_data are given.
+    """
+    if recipe.eval_data is None:
+        return None, ()
+    options: dict[str, Any] = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad}
+    found = read_examples(recipe.eval_data, tokenizer, too_long="skip", **options)
+    left_out = {line.line for line in (*found.bad, *found.too_long)}
+    records = read_jsonl(recipe.eval_data, skip_bad=recipe.skip_bad).records
+    return found, tuple(r for r in records if r.answer is not None and r.line not in left_out)
+
+
+def notes(data: Examples) -> list[str]:
+    """What was left out of some data, for people: how many lines, and why the first."""
+    left_out = (("bad lines", data.bad), ("records longer than max_length allows", data.too_long))
+    return [
+        f"left out {len(lines)} {what}, the first: {data.path}:{lines[0].line}: {lines[0].reason}"
+        for what, lines in left_out
+        if lines
+    ]
+
+
+def teacher_row(family: Family, teacher: str) -> Row:
+    """The row of a teacher; refused where it is no whole model."""
+    row = family.row(teacher)
+    if not row.alone:
+        raise Refused(
+            f"teacher {teacher!r} shares its row with the base; only a whole model can teach (independent)"
+        )
+    return row
+
+
+def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | None:
+    if recipe.teacher is None:
+        return None
+    row = teacher_row(family, recipe.teacher)
+    kind = torch.bfloat16 if recipe.bf16 else torch.float32
+    return load_modules(folder, family, [row.speaker], dtype=kind, device=recipe.device)[row.speaker]
+
+
+def _modules(
+    folder: Path, family: Family, recipe: Settled, row: Row, own: str
+) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
+    """The row's modules in memory, and what of them is trained."""
+    frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
+    verify_module(folder, family, BASE)
+
+    def base(kind: torch.dtype) -> dict[str, Loaded]:
+        return load_modules(folder, family, [BASE], dtype=kind, device=recipe.device, verify=False)
+
+    if recipe.tuner == "lora":
+        return _with_adapter(base(frozen_kind), recipe, own)
+    own_model = base(torch.float32)[BASE].model
+    modules = {own: Loaded(own, "", own, own_model)}
+    if BASE in row.modules:
+        modules |= base(frozen_kind)
+    written = {row.prompt_writer, row.answer_writer}
+    for name, parameter in own_model.named_parameters():
+        # A module that only speaks reads others' keys and values; its own projections for them are never used.
+        parameter.requires_grad_(
+            own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm"))
+        )
+    return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
+
+
+def _with_adapter(
+    loaded: dict[str, Loaded], recipe: Settled, own: str
+) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
+    assert recipe.r is not None and recipe.lora_alpha is not None and recipe.target_modules is not None
+    model = loaded[BASE].model
+    add_adapter(model, own, r=recipe.r, alpha=recipe.lora_alpha, targets=recipe.target_modules)
+    parts = adapter_of(model, own)
+    parameters = {f"{path}.{name}": p for path, part in parts.items() for name, p in part.named_parameters()}
+    return {**loaded, own: Loaded(own, "", BASE, model, own)}, parameters
