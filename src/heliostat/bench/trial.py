@@ -39,7 +39,7 @@ class Trial:
     steps: int
     batch: int = 32
     r: int = RANK
-    train_items: int = 10_000
+    train_items: int = 20_000
     test_items: int = 1_000
     validation_items: int = 300
 
@@ -107,7 +107,7 @@ def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
 
     family_folder, files = folder / "family", write_data(trial, folder)
     family = read_family(family_folder)
-    modules = load_modules(family_folder, family, row.modules, dtype=best_dtype())
+    modules = load_modules(family_folder, family, row.modules, dtype=best_dtype(), joined=True)
     llm = LLM.of(modules, {"judged": row}, load_tokenizer(family_folder, family), max_running=128)
     metric = TASKS[trial.task].metric
     found = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from heliostat.model.config import ModelConfig
-from heliostat.ops.attention import PagedGroup, paged_attention
+from heliostat.ops.paging import write_pages
 
 
 class PagePool:
@@ -27,19 +27,23 @@ class PagePool:
         return page_size * config.kv_values_per_token * dtype.itemsize
 
 
+class Ask(Protocol):
+    """How the rows of a pass attend over pages: it knows who sees what."""
+
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]."""
+
+
 class Paged:
     """The seam of one pass: some rows write their keys and values into slots, all rows ask over pages."""
 
-    def __init__(
-        self, pool: PagePool, *, writes: Tensor, slots: Tensor, groups: Sequence[PagedGroup]
-    ) -> None:
+    def __init__(self, pool: PagePool, *, writes: Tensor, slots: Tensor, ask: Ask) -> None:
         """``writes`` [W]: rows of the pass that write; ``slots`` [W]: page * S + place for each of them."""
-        self.pool, self.writes, self.slots, self.groups = pool, writes, slots, groups
+        self.pool, self.writes, self.slots, self.ask = pool, writes, slots, ask
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H, D]. A row sees what it and the rows before it wrote in this pass."""
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         if self.writes.numel():
-            keys.flatten(0, 1).index_copy_(0, self.slots, k[self.writes].to(keys.dtype))
-            values.flatten(0, 1).index_copy_(0, self.slots, v[self.writes].to(values.dtype))
-        return paged_attention(q, keys, values, self.groups)
+            write_pages(k, v, self.writes, self.slots, keys, values)
+        return self.ask(q, keys, values)

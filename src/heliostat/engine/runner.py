@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
 from heliostat.build import Loaded
 from heliostat.engine.batch import Entry, Pass
-from heliostat.engine.paged import Paged, PagePool
+from heliostat.engine.paged import Ask, Paged, PagePool
 from heliostat.engine.request import Request
 from heliostat.model.transformer import Transformer
-from heliostat.ops.attention import PagedGroup
+from heliostat.ops import native
+from heliostat.ops.paging import PagedGroup, grouped_attention
 
 
 class Runner:
@@ -46,14 +49,33 @@ class Runner:
 
     def _forward(self, each: Pass) -> Tensor:
         """Hidden states [T, E] of one pass."""
+        model = self.models[each.weights]
         seam = Paged(
             self.pool,
             writes=self._tensor(each.write_rows),
             slots=self._tensor(each.write_slots),
-            groups=[self._group(entries) for entries in by_queries(each.entries)],
+            ask=self._ask(each.entries, model.dtype),
         )
         route = [(segment.adapter, segment.start, segment.stop) for segment in each.segments]
-        return self.models[each.weights](self._tensor(each.tokens), self._tensor(each.positions), seam, route)
+        return model(self._tensor(each.tokens), self._tensor(each.positions), seam, route)
+
+    def _ask(self, entries: Sequence[Entry], dtype: torch.dtype) -> Ask:
+        """The fastest attention over pages that there is here for queries of ``dtype``."""
+        if native.ready(self.pool.keys) and dtype == self.pool.keys.dtype:
+            return partial(native.attend, entries=self._ragged(entries))
+        return partial(grouped_attention, groups=[self._group(some) for some in by_queries(entries)])
+
+    def _ragged(self, entries: Sequence[Entry]) -> native.Ragged:
+        counts = [len(entry.rows) for entry in entries]
+        size = self.pool.keys.shape[2]
+        pages = [entry.pages[: -(-max(entry.visible) // size)] for entry in entries]
+        return native.Ragged(
+            rows=self._tensor(list(chain.from_iterable(entry.rows for entry in entries))),
+            visible=self._tensor(list(chain.from_iterable(entry.visible for entry in entries))),
+            starts=self._tensor([0, *accumulate(counts)]),
+            pages=self._tensor(list(chain.from_iterable(pages))),
+            page_starts=self._tensor([0, *accumulate(map(len, pages))][:-1]),
+        )
 
     def _group(self, entries: Sequence[Entry]) -> PagedGroup:
         size = self.pool.keys.shape[2]

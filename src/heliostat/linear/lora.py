@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from heliostat.ops.linear import linear
+
 # Which adapter acts on which rows of the first dimension: (adapter or None, start, stop); None: all rows, none.
 Route = Sequence[tuple[str | None, int, int | None]]
 
@@ -47,7 +49,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]; ``route`` speaks of x's first dimension."""
-        y = self.inner(x)
+        return self.adapted(self.inner(x), x, route)
+
+    def adapted(self, y: Tensor, x: Tensor, route: Route | None) -> Tensor:
+        """What the adapters make of y [..., out], the Linear's product with x [..., in]; y may be changed."""
         for adapter, start, stop in route or ():
             if adapter is None or _key(adapter) not in self.adapters:
                 continue
@@ -63,7 +68,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 def add_adapter(model: nn.Module, name: str, *, r: int, alpha: float, targets: Iterable[str]) -> list[str]:
@@ -99,6 +104,13 @@ def adapter_of(model: nn.Module, name: str) -> dict[str, LowRank]:
         if isinstance(module, AdaptedLinear) and _key(name) in module.adapters
     }
     return dict(sorted(found.items()))
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Take an adapter off every Linear that it sits on, so that its memory can go."""
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear) and _key(name) in module.adapters:
+            del module.adapters[_key(name)]
 
 
 def _key(name: str) -> str:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from heliostat.linear.joined import Joined
 from heliostat.linear.lora import Linear, Route
 from heliostat.model.config import ModelConfig
+from heliostat.ops.gate import gated
+from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 
 
@@ -33,9 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight.to(x.dtype) * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -45,6 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         width, d = config.width, config.head_width
         self.layer, self.head_width = layer, d
+        self.joined: Joined | None = None
         self.q_proj = Linear(width, config.heads * d, bias=config.qkv_bias)
         self.k_proj = Linear(width, config.kv_heads * d, bias=config.qkv_bias)
         self.v_proj = Linear(width, config.kv_heads * d, bias=config.qkv_bias)
@@ -55,11 +57,15 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None
     ) -> Tensor:
-        q = self.q_norm(self._heads(self.q_proj(x, route)))  # [..., H, D]
-        k = self.k_norm(self._heads(self.k_proj(x, route)))  # [..., K, D]
-        v = self._heads(self.v_proj(x, route))
+        q, k, v = map(self._heads, self._projected(x, route))
+        q, k = self.q_norm(q), self.k_norm(k)  # [..., H, D], [..., K, D]
         out = attend(self.layer, rotate(q, *angles), rotate(k, *angles), v)
         return self.o_proj(out.flatten(-2), route)
+
+    def _projected(self, x: Tensor, route: Route | None) -> tuple[Tensor, ...]:
+        if self.joined is not None:
+            return self.joined(x, route).split(self.joined.sizes, dim=-1)
+        return self.q_proj(x, route), self.k_proj(x, route), self.v_proj(x, route)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
@@ -73,8 +79,11 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.up_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+        self.joined: Joined | None = None
 
     def forward(self, x: Tensor, route: Route | None) -> Tensor:
+        if self.joined is not None:
+            return self.down_proj(gated(self.joined(x, route)), route)
         return self.down_proj(nn.functional.silu(self.gate_proj(x, route)) * self.up_proj(x, route), route)
 
 
@@ -136,9 +145,20 @@ class Transformer(nn.Module):
                 x = block(x, angles, attend, route)
         return self.model.norm(x)
 
+    def join(self) -> None:
+        """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added."""
+        for block in self.blocks:
+            attention, mlp = block.self_attn, block.mlp
+            attention.joined = attention.joined or Joined(attention, ("q_proj", "k_proj", "v_proj"))
+            mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., E]."""
         return self.lm_head(hidden)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.model.layers if isinstance(block, Block)]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,9 +1,6 @@
-"""Grouped-query attention: over whole sequences, and over pages; each with a plain twin that tests hold it to."""
+"""Grouped-query attention over whole sequences, and its plain twin; over pages: ``heliostat.ops.paging``."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,47 +42,3 @@ def plain_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).to(q.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class PagedGroup:
-    """Requests of one pass whose queries have the same count, so that they run as one batch.
-
-    G requests, R query rows each, N pages each (padded), S slots a page.
-    """
-
-    rows: Tensor  # [G, R] rows of the pass that ask
-    pages: Tensor  # [G, N] page numbers; padding repeats any valid page
-    visible: Tensor  # [G, R] how many positions, from the first, each query sees; at least 1
-    written: int = 0  # so many positions some query of each request sees; fewer is right too, but slower
-
-
-def paged_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup]) -> Tensor:
-    """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; every row of q is in exactly one group.
-
-    Pages are gathered once per request, whatever the number of its rows. What lies beyond the positions that a
-    request sees may be anything: pages come back with what was in them, NaN too, which no mask would keep out.
-    """
-    out = torch.empty_like(q)
-    for group in groups:
-        count, pages = group.pages.shape[0], group.pages.flatten()
-        k = keys.index_select(0, pages).view(count, -1, *keys.shape[2:])  # [G, N*S, K, D]
-        v = values.index_select(0, pages).view(count, -1, *values.shape[2:])
-        places = torch.arange(k.shape[1], device=q.device)
-        beyond = (places[group.written :] >= group.visible.amax(1, keepdim=True))[..., None, None]
-        k[:, group.written :].masked_fill_(beyond, 0)  # copies: the pages stay as they are
-        v[:, group.written :].masked_fill_(beyond, 0)
-        mask = places < group.visible[..., None]  # [G, R, N*S]
-        out[group.rows] = attention(q[group.rows], k, v, mask[:, None])
-    return out
-
-
-def plain_paged_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup]) -> Tensor:
-    """The twin of ``paged_attention``: one row at a time."""
-    out = torch.empty_like(q)
-    for group in groups:
-        for rows, pages, visible in zip(group.rows, group.pages, group.visible, strict=True):
-            k, v = keys[pages].flatten(0, 1)[None], values[pages].flatten(0, 1)[None]
-            for row, count in zip(rows.tolist(), visible.tolist(), strict=True):
-                out[row] = plain_attention(q[row][None, None], k[:, :count], v[:, :count])[0, 0]
-    return out

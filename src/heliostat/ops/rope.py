@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heliostat.ops import native
+
 
 def inverse_frequencies(rope: Mapping[str, Any], head_width: int) -> tuple[Tensor, float]:
     """Frequencies [D/2] float32 and the factor on cos and sin, as transformers computes them.
@@ -81,6 +83,14 @@ def cos_sin(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads ``x`` [..., heads, D] by the angles of their positions."""
+    """Rotate heads ``x`` [..., heads, D] by the angles of their positions; x itself may be changed."""
+    if x.dim() == 3 and native.ready(x) and x[0].is_contiguous() and x.dtype == cos.dtype:
+        native.rotate(x, cos, sin)
+        return x
+    return plain_rotate(x, cos, sin)
+
+
+def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The twin of ``rotate``."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,19 +1,11 @@
-"""Fast attention against its plain twin: any shape, any grouping, any mask; over pages too."""
-
-from dataclasses import replace
+"""Fast attention against its plain twin: any shape, any grouping, any mask."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heliostat.ops.attention import (
-    PagedGroup,
-    attention,
-    paged_attention,
-    plain_attention,
-    plain_paged_attention,
-)
+from heliostat.ops.attention import attention, plain_attention
 
 SIZES = st.tuples(
     st.integers(1, 3),  # B
@@ -72,41 +64,3 @@ def test_bfloat16_queries_read_float32_keys(tape: bool) -> None:
         out = attention(q, k, v)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.float(), plain_attention(q.float(), k, v), rtol=0, atol=0.05)
-
-
-@st.composite
-def paged_passes(draw: st.DrawFn) -> tuple[list[PagedGroup], int]:
-    """Groups of requests with pages in any order; every row of the pass in exactly one group."""
-    groups, first = [], 0
-    for _ in range(draw(st.integers(1, 3))):
-        count, queries, most = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
-        rows = torch.arange(first, first + count * queries).view(count, queries)
-        pages = torch.tensor([[draw(st.integers(0, 5)) for _ in range(most)] for _ in range(count)])
-        seen = torch.tensor([[draw(st.integers(1, 4 * most)) for _ in range(queries)] for _ in range(count)])
-        groups.append(PagedGroup(rows, pages, seen))
-        first += count * queries
-    return groups, first
-
-
-@given(paged_passes(), st.sampled_from([(2, 1), (4, 2), (3, 3)]), st.integers(0, 2**16))
-@settings(max_examples=40, deadline=None)
-def test_paged_is_plain(made: tuple[list[PagedGroup], int], heads: tuple[int, int], seed: int) -> None:
-    groups, rows = made
-    q = some((rows, heads[0], 8), seed)
-    keys, values = (some((6, 4, heads[1], 8), seed + i) for i in (1, 2))
-    got, want = paged_attention(q, keys, values, groups), plain_paged_attention(q, keys, values, groups)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
-
-
-def test_what_lies_in_a_page_beyond_what_is_visible_does_not_matter() -> None:
-    q, keys, values = some((1, 2, 8), 0), some((2, 4, 1, 8), 1), some((2, 4, 1, 8), 2)
-    group = PagedGroup(torch.tensor([[0]]), torch.tensor([[1, 0]]), torch.tensor([[3]]))
-    before = paged_attention(q, keys, values, [group])
-    for what in (9.0, torch.nan, torch.inf):
-        keys[0], values[0], keys[1, 3], values[1, 3] = what, what, what, what
-        for attend in (paged_attention, plain_paged_attention):
-            torch.testing.assert_close(attend(q, keys, values, [group]), before)
-            torch.testing.assert_close(attend(q, keys, values, [replace(group, written=3)]), before)
-        assert (
-            float(keys[0, 0, 0, 0]) == what or torch.isnan(keys[0]).all()
-        )  # the pages themselves are not changed

@@ -1,0 +1,44 @@
+"""Linears of one input as one product: their weights lie end to end in memory, and stay views of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from heliostat.linear.lora import AdaptedLinear, Route
+from heliostat.ops.linear import linear
+
+
+class Joined:
+    """The named children of ``parent``, run as one Linear; adapters on them, put on before or after, are run too."""
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        """Moves the children's weights into one tensor [sum of out, in], of which each keeps its part."""
+        self.parent, self.names = parent, names
+        inner = [_inner(getattr(parent, name)) for name in names]
+        self.sizes = [part.out_features for part in inner]
+        self.weight = torch.cat([part.weight.data for part in inner])
+        self.bias: Tensor | None = None
+        if any(part.bias is not None for part in inner):
+            self.bias = torch.cat([_bias(part) for part in inner])
+        for part, own in zip(inner, self.weight.split(self.sizes), strict=True):
+            part.weight.data = own
+
+    def __call__(self, x: Tensor, route: Route | None) -> Tensor:
+        """x [T, in] -> [T, sum of out]."""
+        y, start = linear(x, self.weight, self.bias), 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            part, own = getattr(self.parent, name), slice(start, start := start + size)
+            if route is not None and isinstance(part, AdaptedLinear):
+                y[..., own] = part.adapted(y[..., own], x, route)
+        return y
+
+
+def _inner(part: nn.Module) -> nn.Linear:
+    inner = part.inner if isinstance(part, AdaptedLinear) else part
+    assert isinstance(inner, nn.Linear)
+    return inner
+
+
+def _bias(part: nn.Linear) -> Tensor:
+    return part.weight.new_zeros(part.out_features) if part.bias is None else part.bias.data

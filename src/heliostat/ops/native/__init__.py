@@ -1,0 +1,148 @@
+"""The compiled CPU kernels, where there are any: every function here has a twin in torch that its caller falls back to.
+
+``ready(tensor)`` says whether they serve for a tensor. HELIOSTAT_NATIVE=0 switches them off, HELIOSTAT_NATIVE=FILE
+takes another build of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from heliostat.ops.native.compiling import LIBRARY
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_POINTER, _COUNT, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_ARGUMENTS = {
+    "linear": [_POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 3,
+    "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_NUMBER],
+    "rotate": [_POINTER, _COUNT, _POINTER, _POINTER] + [_COUNT] * 3,
+    "gated": [_POINTER] * 2 + [_COUNT] * 2,
+    "write_pages": [_POINTER] * 2 + [_COUNT] * 2 + [_POINTER] * 2 + [_COUNT] + [_POINTER] * 2 + [_COUNT],
+    "attend": [_POINTER, _COUNT] + [_POINTER] * 8 + [_COUNT] * 5 + [_NUMBER],
+}
+
+WIDEST_HEAD = 256
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they are not built, not wanted, or not for this processor."""
+    path = os.environ.get("HELIOSTAT_NATIVE") or str(LIBRARY)
+    if path == "0" or not Path(path).is_file():
+        return None
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return None
+    try:
+        for openmp in _loaded_openmp():
+            ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+        library = ctypes.CDLL(path)
+    except OSError:
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        for suffix in _SUFFIX.values():
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _loaded_openmp() -> list[str]:
+    """The OpenMP libraries in this process: torch's, whose threads are to be ours."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
+    return sorted(p for p in paths if Path(p).name.startswith(("libgomp", "libiomp", "libomp")))
+
+
+def built() -> bool:
+    """Whether the kernels run in this process."""
+    return _library() is not None
+
+
+def ready(x: Tensor) -> bool:
+    """Whether the kernels serve for tensors like this one, with no gradient wanted."""
+    return x.dtype in _SUFFIX and x.device.type == "cpu" and not torch.is_grad_enabled() and built()
+
+
+def _call(name: str, like: Tensor, *arguments: object) -> None:
+    getattr(_library(), f"{name}_{_SUFFIX[like.dtype]}")(*arguments)
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [T, I] (rows contiguous) by weight [O, I] -> [T, O], plus bias [O] and residual [T, O]; for few rows."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _call(
+        "linear",
+        x,
+        _at(x),
+        x.stride(0),
+        _at(weight),
+        _at(bias),
+        _at(residual),
+        _at(out),
+        *out.shape,
+        x.shape[1],
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., E] contiguous, normed over the last dimension and scaled."""
+    out = torch.empty_like(x)
+    _call("rms_norm", x, _at(x), _at(weight), _at(out), x.numel() // x.shape[-1], x.shape[-1], eps)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate heads x [T, H, D] in place by angles [T, 1, D]; each row of x is contiguous."""
+    _call("rotate", x, _at(x), x.stride(0), _at(cos), _at(sin), *x.shape)
+
+
+def gated(x: Tensor) -> Tensor:
+    """silu(gate) * up for x [T, 2F], gate first -> [T, F]."""
+    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    _call("gated", x, _at(x), _at(out), *out.shape)
+    return out
+
+
+def write_pages(k: Tensor, v: Tensor, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Rows [W] of k and v [T, K, D] (rows contiguous) into slots [W] of pages [P, S, K, D]."""
+    strides, (_, heads, width) = (k.stride(0), v.stride(0)), k.shape
+    lists = (_at(rows), _at(slots), rows.numel(), _at(keys), _at(values))
+    _call("write_pages", k, _at(k), _at(v), *strides, *lists, heads * width)
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Entries of a pass laid end to end, int64. Entry e: rows and visible [starts[e], starts[e + 1]), its pages
+    from page_starts[e] on. Every row's entry has a page for each position that the row sees.
+    """
+
+    rows: Tensor  # [N] row of each query
+    visible: Tensor  # [N] positions [0, visible) that it sees
+    starts: Tensor  # [entries + 1]
+    pages: Tensor  # [M] page numbers
+    page_starts: Tensor  # [entries]
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, entries: Ragged) -> Tensor:
+    """q [T, H, D] (rows contiguous) over pages [P, S, K, D] -> [T, H, D]."""
+    out = q.new_empty(q.shape)
+    _, slots, kv_heads, width = keys.shape
+    lists = (entries.rows, entries.visible, entries.starts, entries.pages, entries.page_starts)
+    count = entries.page_starts.numel()
+    sizes = (count, q.shape[1], kv_heads, width, slots, width**-0.5)
+    _call("attend", q, _at(q), q.stride(0), _at(keys), _at(values), _at(out), *map(_at, lists), *sizes)
+    return out
