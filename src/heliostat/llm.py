@@ -14,20 +14,34 @@ import torch
 from heliostat.build import (
     Loaded,
     best_dtype,
+    config_of,
     load_modules,
     load_tokenizer,
     modules_of,
     read_family,
     verify_member,
 )
-from heliostat.engine.engine import Engine, Piece, longest_that_fits, pages_that_fit
-from heliostat.engine.request import FinishReason, Request, Sampling
+from heliostat.engine.engine import (
+    MAX_TOKENS_PER_STEP,
+    PAGE_SIZE,
+    Engine,
+    Piece,
+    longest_that_fits,
+    pages_that_fit,
+)
+from heliostat.engine.grammar import Grammars
+from heliostat.engine.ledger import MIB, Shape, available_memory, ledger_of
+from heliostat.engine.remembered import Remembered
+from heliostat.engine.request import FinishReason, Matcher, Request, Sampling
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.model.transformer import Transformer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, a conversation (messages), or exact token ids."""
+Schema = Mapping[str, Any]
+"""A JSON schema."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,12 +77,15 @@ class LLM:
         max_length: int | None = None,
         cache_mib: int = 1024,
         max_running: int = 64,
+        memory_mib: int | None = None,
     ) -> None:
         """``dtype``: auto, float32 or bfloat16; ``cache_mib``: most memory for K,V pages.
 
         ``max_length``: most tokens of a request; None: the model's length, or what ``cache_mib`` holds if less.
+        ``memory_mib``: most memory for all; None: what the machine, or the device, has left.
 
-        Raises Refused for a family that is missing, damaged or changed since its members were tuned.
+        Raises Refused for a family that is missing, damaged or changed since its members were tuned, and, before it
+        is loaded, for one that does not fit into memory.
         """
         folder = Path(folder)
         self.family = read_family(folder)
@@ -77,10 +94,23 @@ class LLM:
             if name in self.family.members:
                 verify_member(self.family, name)
         kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
-        modules = load_modules(folder, self.family, modules_of(self.family, names), dtype=kind, device=device)
+        needed = modules_of(self.family, names)
+        shapes = [Shape(config_of(folder, self.family, name), kind) for name in needed]
+        layout = _lay_out(shapes, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
+        ledger = ledger_of(
+            folder,
+            self.family,
+            needed,
+            dtype=kind,
+            pages=layout[1],
+            page_size=PAGE_SIZE,
+            max_running=max_running,
+            max_tokens_per_step=MAX_TOKENS_PER_STEP,
+        )
+        ledger.refuse_over(available_memory(device) if memory_mib is None else memory_mib * MIB)
+        modules = load_modules(folder, self.family, needed, dtype=kind, device=device, joined=True)
         rows = {name: self.family.row(name) for name in names}
-        tokenizer = load_tokenizer(folder, self.family)
-        self._start(modules, rows, tokenizer, max_length, cache_mib, max_running)
+        self._start(modules, rows, load_tokenizer(folder, self.family), layout, max_running)
 
     @classmethod
     def of(
@@ -96,7 +126,9 @@ class LLM:
         """An LLM around modules that are in memory already, as in training; ``rows`` are the members it knows."""
         self = cls.__new__(cls)
         self.family = Family({}, {}, tokenizer.digest)
-        self._start(modules, rows, tokenizer, max_length, cache_mib, max_running)
+        models = [module.model for module in modules.values()]
+        layout = _lay_out(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
+        self._start(modules, rows, tokenizer, layout, max_running)
         return self
 
     def _start(
@@ -104,22 +136,21 @@ class LLM:
         modules: Mapping[str, Loaded],
         rows: Mapping[str, Row],
         tokenizer: Tokenizer,
-        max_length: int | None,
-        cache_mib: int,
+        layout: tuple[int, int],
         max_running: int,
     ) -> None:
         self.rows, self.tokenizer = dict(rows), tokenizer
-        # The pool has the widest format of all modules.
-        model = max((module.model for module in modules.values()), key=lambda m: m.dtype.itemsize)
-        if max_length is None:
-            longest = min(module.model.config.max_length for module in modules.values())
-            max_length = min(longest, longest_that_fits(model, cache_mib=cache_mib))
-        pages = pages_that_fit(model, max_length=max_length, max_running=max_running, cache_mib=cache_mib)
+        max_length, pages = layout
         self.engine = Engine(modules, tokenizer, max_length=max_length, pages=pages, max_running=max_running)
         self._numbers = count()
+        self._grammars: Grammars | None = None
+        self.remembered = Remembered()
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """The exact token ids the model sees for a prompt; a text is a user's turn where there is a chat template."""
+        """The exact token ids the model sees for a prompt; a text is a user's turn where there is a chat template.
+
+        Answers of this LLM that return in a conversation stand in it as they were said (``remembered``).
+        """
         if isinstance(prompt, str):
             if not self.tokenizer.has_template:
                 return tuple(self.tokenizer.plain_prompt_ids(prompt))
@@ -130,7 +161,7 @@ class LLM:
         messages = [message for message in prompt if isinstance(message, Mapping)]
         if len(prompt) not in (len(ids), len(messages)) or not prompt:
             raise Refused("a prompt is a text, or all messages, or all token ids (int), and not empty")
-        return tuple(ids) if ids else tuple(self.tokenizer.prompt_ids(messages))
+        return tuple(ids) if ids else tuple(self.remembered.prompt_ids(self.tokenizer, messages))
 
     def generate(
         self,
@@ -138,20 +169,21 @@ class LLM:
         *,
         member: str | Sequence[str] = "base",
         sampling: Sampling | None = None,
+        schema: Schema | None = None,
         **options: Any,
     ) -> list[Answer]:
         """Answers in the order of the prompts; ``member`` is one name for all, or one a prompt.
 
-        ``options`` are the fields of Sampling. All prompts run as one batch, whatever their members and rows.
-        Raises Refused for an unknown member or a prompt that does not fit.
+        ``options`` are the fields of Sampling. All prompts run as one batch, whatever their members and rows. With a
+        ``schema`` an answer is JSON that fits it, unless max_tokens or a stop string cut it.
+        Raises Refused for an unknown member, a prompt that does not fit or a schema that cannot be kept.
         """
         many = _as_prompts(prompts)
         members = [member] * len(many) if isinstance(member, str) else list(member)
         if len(members) != len(many):
             raise Refused(f"{len(many)} prompts but {len(members)} members")
-        requests = [
-            self._request(p, m, sampling or Sampling(**options)) for p, m in zip(many, members, strict=True)
-        ]
+        wish = sampling or Sampling(**options)
+        requests = [self._request(p, m, wish, schema) for p, m in zip(many, members, strict=True)]
         chances: dict[str, list[float]] = {request.id: [] for request in requests}
         texts: dict[str, list[str]] = {request.id: [] for request in requests}
         for piece in self._run(requests):
@@ -161,31 +193,57 @@ class LLM:
         return [_answer(r, "".join(texts[r.id]), chances[r.id]) for r in requests]
 
     def stream(
-        self, prompt: Prompt, *, member: str = "base", sampling: Sampling | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        member: str = "base",
+        sampling: Sampling | None = None,
+        schema: Schema | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """One answer, piece by piece as it becomes certain; leaving the loop early frees its pages."""
-        for piece in self._run([self._request(prompt, member, sampling or Sampling(**options))]):
+        for piece in self._run([self._request(prompt, member, sampling or Sampling(**options), schema)]):
             if piece.text:
                 yield piece.text
 
-    def _request(self, prompt: Prompt, member: str, sampling: Sampling) -> Request:
+    def _request(self, prompt: Prompt, member: str, sampling: Sampling, schema: Schema | None) -> Request:
         if member not in self.rows:
             raise Refused(f"no member {member!r} is loaded; there is: {', '.join(sorted(self.rows))}")
         row = self.rows[member]
         digests = {name: self.engine.digests[name] for name in row.modules}
         name = f"{next(self._numbers)}-{secrets.token_hex(4)}"
         return Request(
-            name, row=row, digests=digests, prompt=self.prompt_ids(prompt), sampling=sampling, member=member
+            name,
+            row=row,
+            digests=digests,
+            prompt=self.prompt_ids(prompt),
+            sampling=sampling,
+            member=member,
+            matcher=self._matcher(schema),
         )
+
+    def _matcher(self, schema: Schema | None) -> Matcher | None:
+        if schema is None:
+            return None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars.matcher(schema)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Piece]:
         if self.engine.unfinished:
             raise Refused("another answer is still being streamed: read it to its end or close it first")
+        texts = {request.id: "" for request in requests}
         try:
             for request in requests:
                 self.engine.add(request)
             while self.engine.unfinished:
-                yield from self.engine.step()
+                for piece in self.engine.step():
+                    texts[piece.request.id] += piece.text
+                    if piece.finish_reason is not None:
+                        self.remembered.remember(
+                            self.tokenizer, texts[piece.request.id], piece.request.answer
+                        )
+                    yield piece
         finally:
             for request in requests:
                 self.engine.abort(request.id)
@@ -196,6 +254,18 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise Refused(f"dtype {name!r}; allowed are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _lay_out(
+    models: Sequence[Transformer | Shape], *, max_length: int | None, cache_mib: int, max_running: int
+) -> tuple[int, int]:
+    """(most tokens of a request, pages) for modules of these shapes."""
+    widest = max(models, key=lambda m: m.dtype.itemsize)  # the pool has the widest format of all
+    if max_length is None:
+        longest = min(model.config.max_length for model in models)
+        max_length = min(longest, longest_that_fits(widest, cache_mib=cache_mib))
+    pages = pages_that_fit(widest, max_length=max_length, max_running=max_running, cache_mib=cache_mib)
+    return max_length, pages
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -16,6 +16,7 @@ POLICY = (
     "heliostat.files",
     "heliostat.engine.request",
     "heliostat.engine.page_table",
+    "heliostat.engine.idle",
     "heliostat.engine.scheduler",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})

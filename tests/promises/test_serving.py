@@ -20,10 +20,12 @@ from tests.promises.toys import (
     Exactness,
     Job,
     Plain,
+    adapt,
     make_engine,
     reference,
     serve,
     served_logits,
+    toy_modules,
 )
 
 LENGTHS = (1, 2, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 2 * PAGE + 1, 3 * PAGE - 1)
@@ -225,6 +227,29 @@ def test_another_tenant_finds_nothing(modules: dict[str, Loaded], tokenizer: Tok
     assert serve(engine, [Job(row, prompt, salt="one")])[0].cached == 2 * PAGE
 
 
+def test_a_module_loaded_again_under_its_name_with_other_weights_finds_no_stale_page(
+    tiny_model: Transformer, tokenizer: Tokenizer, exactness: Exactness
+) -> None:
+    modules = toy_modules(tiny_model)
+    engine, rows = make_engine(modules, tokenizer), ("independent-a", "sun-a", "sun-la", "icarus-la")
+    jobs = [Job(ROWS[name], text(3 * PAGE, seed=number)) for number, name in enumerate(rows)]
+    old = [serve(engine, [job])[0] for job in jobs]
+    assert [serve(engine, [job])[0].cached for job in jobs] == [2 * PAGE] * 4
+    engine.unload(["a", "b", "la"])
+    base = modules["base"].model
+    adapt(base, "la", 99)
+    new = {
+        "a": Loaded("a", "digest of b", "a", modules["b"].model),
+        "la": Loaded("la", "of 99", "base", base, "la"),
+    }
+    engine.load(new)
+    for job, before in zip(jobs, old, strict=True):
+        (got,) = serve(engine, [job])
+        exactness.same_as_reference(got, job.row, modules | new, job.prompt)
+        # What the base wrote for the adapter's member is still good.
+        assert got.cached == (2 * PAGE if job.row.prompt_writer == "base" else 0) and got.ids != before.ids
+
+
 # 5. Preempted is not preempted.
 
 
@@ -301,8 +326,6 @@ def test_modules_of_two_formats_share_a_float32_pool(
     name: str, tiny_model: Transformer, tokenizer: Tokenizer
 ) -> None:
     """A frozen half in bfloat16 under an own half in float32, as training has them."""
-    from tests.promises.toys import toy_modules
-
     wide, narrow = toy_modules(tiny_model), toy_modules(tiny_model, dtype=torch.bfloat16)
     both = {**narrow, **{n: wide[n] for n in ("a", "b", "c")}}
     engine = make_engine(both, tokenizer)

@@ -56,7 +56,7 @@ def toy_modules(model: Transformer, *, dtype: torch.dtype = torch.float32) -> di
         moved = _moved(copy.deepcopy(model), seed).to(dtype)
         modules[name] = Loaded(name, f"digest of {name}", name, moved)
     for seed, name in enumerate(LORA, start=11):
-        _adapt(base, name, seed)
+        adapt(base, name, seed)
         modules[name] = Loaded(name, f"digest of {name}", "base", base, name)
     return modules
 
@@ -69,7 +69,8 @@ def _moved(model: Transformer, seed: int) -> Transformer:
     return model
 
 
-def _adapt(model: Transformer, name: str, seed: int) -> None:
+def adapt(model: Transformer, name: str, seed: int) -> None:
+    """Put an adapter on the model, filled by chance."""
     chance = torch.Generator().manual_seed(seed)
     add_adapter(model, name, r=4, alpha=8, targets=TARGETS)
     for part in adapter_of(model, name).values():

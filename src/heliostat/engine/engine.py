@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from heliostat.build import Loaded
+from heliostat.build import Loaded, take_off
 from heliostat.engine.answer import Spoken
 from heliostat.engine.batch import passes_of
+from heliostat.engine.fitting import refuse_misfits
+from heliostat.engine.ledger import Shape
 from heliostat.engine.page_table import PageTable
 from heliostat.engine.paged import PagePool
 from heliostat.engine.request import FinishReason, Request
@@ -20,6 +22,7 @@ from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 
 PAGE_SIZE = 16
+MAX_TOKENS_PER_STEP = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,9 @@ class Engine:
         pages: int,
         page_size: int = PAGE_SIZE,
         max_running: int = 64,
-        max_tokens_per_step: int = 2048,
+        max_tokens_per_step: int = MAX_TOKENS_PER_STEP,
     ) -> None:
-        """``modules`` are those that the rows of requests may name; all of one shape, on one device."""
+        """``modules`` are those that the rows of requests may name; all of one shape, on one device (see ``load``)."""
         if not modules:
             raise Refused("an engine needs at least one module")
         longest = min(module.model.config.max_length for module in modules.values())
@@ -55,10 +58,11 @@ class Engine:
             raise Refused(f"max_length is {max_length}; the model runs {longest} tokens exactly, and no more")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.runner = Runner(modules, pages=pages, page_size=page_size)
-        kind = str(self.runner.pool.keys.dtype)
-        # The same weights in another number format write other keys and values: the format is part of the writer.
-        self.digests = {name: f"{module.digest}/{kind}" for name, module in modules.items()}
-        self._runs = {name: (module.weights, module.adapter) for name, module in modules.items()}
+        self.digests: dict[str, str] = {}
+        """What the modules are now, by name: a request takes those of its row along."""
+        self._runs: dict[str, tuple[str, str | None]] = {}
+        self._config = next(iter(modules.values())).model.config
+        self.load(modules)
         self.table = PageTable(pages, page_size=page_size)
         self.scheduler = Scheduler(
             self.table,
@@ -69,6 +73,53 @@ class Engine:
         )
         self._spoken: dict[str, Spoken] = {}
 
+    def load(self, modules: Mapping[str, Loaded]) -> None:
+        """Take more modules in, between two steps. Those on weights that are loaded hold the same ``model``.
+
+        Refused, and nothing is changed, where a name is taken or a module does not fit the pool: another shape,
+        vocabulary or device, a wider number format, a shorter longest text.
+        """
+        refuse_misfits(
+            modules,
+            names=self._runs,
+            models=self.runner.models,
+            config=self._config,
+            pool=self.runner.pool,
+            max_length=self.max_length,
+        )
+        kind = str(self.runner.pool.keys.dtype)
+        for name, module in modules.items():
+            # The same weights in another number format write other keys and values: the format is part of the writer.
+            self.digests[name] = f"{module.digest}/{kind}"
+            self._runs[name] = (module.weights, module.adapter)
+            self.runner.models[module.weights] = module.model
+
+    def unload(self, names: Collection[str]) -> None:
+        """Let modules go, between two steps; weights that no other module runs on are given up, adapters taken off.
+
+        Refused, and nothing is changed, for a name that is not loaded or that an unfinished request needs. Pages
+        they wrote stay until others need them: their keys say which weights wrote them, so none is ever wrong.
+        """
+        self._refuse_missing(names)
+        needed = {name for request in self.scheduler.requests for name in request.row.modules}
+        if busy := sorted(needed.intersection(names)):
+            raise Refused(
+                f"module {', '.join(busy)} is needed by unfinished requests: wait for them or abort them"
+            )
+        for name in dict.fromkeys(names):
+            weights, adapter = self._runs.pop(name)
+            del self.digests[name]
+            if all(weights != other for other, _ in self._runs.values()):
+                del self.runner.models[weights]
+            elif adapter is not None and (weights, adapter) not in self._runs.values():
+                take_off(self.runner.models[weights], adapter)
+
+    def _refuse_missing(self, names: Collection[str]) -> None:
+        if missing := [name for name in names if name not in self._runs]:
+            raise Refused(
+                f"module {', '.join(missing)} is not loaded; loaded are {', '.join(sorted(self._runs)) or 'none'}"
+            )
+
     @property
     def unfinished(self) -> int:
         """Requests that still wait or run."""
@@ -76,11 +127,13 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request in. Raises Refused where it can never run here."""
-        missing = [name for name in request.row.modules if name not in self._runs]
-        if missing:
-            raise Refused(
-                f"module {', '.join(missing)} is not loaded; loaded are {', '.join(sorted(self._runs))}"
-            )
+        self._refuse_missing(request.row.modules)
+        for name in request.row.modules:
+            if request.digests.get(name) != self.digests[name]:
+                # Its pages would be kept under the name of weights that did not write them.
+                raise Refused(
+                    f"module {name!r} was loaded anew since request {request.id!r} was made: make it again"
+                )
         size = self.runner.models[self._runs[request.row.speaker][0]].config.vocabulary
         if not all(0 <= token < size for token in request.prompt):
             raise Refused(f"the prompt holds token ids outside [0, {size})")
@@ -97,8 +150,8 @@ class Engine:
     def step(self) -> list[Piece]:
         """One step; what it added to each answer that got a token. Empty when nothing is unfinished.
 
-        Raises Refused where a module's logits are not finite: the requests it was for are ended, the others go on
-        with the next step.
+        Raises Refused where a module's logits are not finite or a grammar cannot go on: the requests it was for are
+        ended, the others go on with the next step.
         """
         if not self.unfinished:
             return []
@@ -107,8 +160,7 @@ class Engine:
             requests, logits = self.runner.run(passes_of(step, self._runs, page_size=self.table.page_size))
             fine = logits.sum(-1).isfinite().tolist()
             broken = [request for request, whole in zip(requests, fine, strict=True) if not whole]
-            draws = [Draw(r.sampling, r.answer, self.tokenizer.eos_ids) for r in requests]
-            drawn = sample(logits, draws) if not broken else []
+            drawn = sample(logits, [self._draw(r) for r in requests]) if not broken else []
         except BaseException:
             self.scheduler.abandon(step)
             raise
@@ -118,6 +170,14 @@ class Engine:
         finished = self.scheduler.commit(step, {r.id: s.token for r, s in zip(requests, drawn, strict=True)})
         assert all(request.finish_reason for request in finished)
         return [self._piece(r, s) for r, s in zip(requests, drawn, strict=True)]
+
+    def _draw(self, request: Request) -> Draw:
+        try:
+            allowed = None if request.matcher is None else request.matcher.allowed(request.answer)
+        except Refused:
+            self.abort(request.id)  # it would be stuck at every step
+            raise
+        return Draw(request.sampling, request.answer, self.tokenizer.eos_ids, allowed)
 
     def _refuse_broken(self, broken: Sequence[Request]) -> NoReturn:
         for request in broken:
@@ -144,13 +204,13 @@ class Engine:
         return Piece(request, text, sampled, request.finish_reason)
 
 
-def longest_that_fits(model: Transformer, *, cache_mib: int) -> int:
+def longest_that_fits(model: Transformer | Shape, *, cache_mib: int) -> int:
     """Tokens of the longest request whose pages ``cache_mib`` holds, at least one page's."""
     each = PagePool.bytes_per_page(model.config, page_size=PAGE_SIZE, dtype=model.dtype)
     return max(1, cache_mib * 2**20 // each) * PAGE_SIZE
 
 
-def pages_that_fit(model: Transformer, *, max_length: int, max_running: int, cache_mib: int) -> int:
+def pages_that_fit(model: Transformer | Shape, *, max_length: int, max_running: int, cache_mib: int) -> int:
     """Pages for ``max_running`` requests of full length, or as many as ``cache_mib`` holds if that is fewer.
 
     Raises Refused, with the numbers, where not even one request of full length fits.

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from heliostat.engine.idle import Idle
 from heliostat.engine.request import Request
 from heliostat.errors import Refused
 
@@ -46,9 +47,10 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class _Published:
-    """What a keyed page is: its key, and for whom it was first written by whom."""
+    """What a keyed page is: its key, that of the page before it, and for whom it was first written by whom."""
 
     key: bytes
+    previous: bytes
     writer: str
     member: str
 
@@ -61,6 +63,9 @@ class PageTable:
 
     Only full pages are ever shared, and what follows a shared prefix goes into fresh pages. So copy-on-write
     never copies: whoever writes on after a shared page does so in a page of its own (``assert_writable``).
+
+    A page is no use without those before it. So an idle page is lost before the idle ones that it goes on from: it
+    has been found at most as often as they, and came to rest no later.
     """
 
     def __init__(self, pages: int, *, page_size: int) -> None:
@@ -70,7 +75,10 @@ class PageTable:
         self.page_size = page_size
         self.counters = Counters()
         self._free = list(range(pages - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # longest unused first
+        self._idle = Idle()
+        self._hits = [0] * pages
+        # Hits of keys that were lost, as many as there are pages: asked for again, they were lost too early.
+        self._lost: OrderedDict[bytes, int] = OrderedDict()
         self._references = [0] * pages
         self._published: list[_Published | None] = [None] * pages
         self._by_key: dict[bytes, int] = {}
@@ -119,9 +127,12 @@ class PageTable:
         """Refer to ``pages``, just matched for ``request``, once more each."""
         for page in pages:
             self._references[page] += 1
-            self._idle.pop(page, None)
+            self._idle.remove(page)
             if not request.preemptions:
+                self._hits[page] += 1
                 self._count_hit(page, request.member)
+        if pages:
+            self._raise_before(pages[0])
 
     def _count_hit(self, page: int, member: str) -> None:
         published = self._published[page]
@@ -139,17 +150,35 @@ class PageTable:
         return pages
 
     def _evict(self) -> int:
-        page = self._least_valuable()
+        page = self._idle.pop()
         published = self._published[page]
         assert published is not None and not self._references[page]
-        del self._idle[page], self._by_key[published.key]
-        self._published[page] = None
+        del self._by_key[published.key]
+        self._lost[published.key] = self._hits[page]
+        if len(self._lost) > self.pages:
+            self._lost.popitem(last=False)
+        self._published[page], self._hits[page] = None, 0
         self.counters.evictions += 1
         return page
 
-    def _least_valuable(self) -> int:
-        """The idle page to lose next: the longest unused. The one place that says what a page is worth."""
-        return next(iter(self._idle))
+    def _before(self, page: int) -> int | None:
+        """The cached page that a cached one goes on from; it may be a twin of the one its holders have."""
+        published = self._published[page]
+        return None if published is None else self._by_key.get(published.previous)
+
+    def _raise_before(self, page: int) -> None:
+        """Count what a page goes on from as found no less often."""
+        while (before := self._before(page)) is not None and self._hits[before] < self._hits[page]:
+            self._hits[before] = self._hits[page]
+            page = before
+
+    def _rest(self, page: int) -> None:
+        """Nobody holds the page any more. Idle ones that it goes on from, twins of its holder's, stay longer."""
+        self._idle.add(page, hits=self._hits[page])
+        while (before := self._before(page)) is not None and before in self._idle:
+            self._idle.remove(before)
+            self._idle.add(before, hits=self._hits[before], after=page)
+            page = before
 
     def publish(self, request: Request, index: int) -> None:
         """Offer the request's page ``index`` to others; it is full and its keys and values are written.
@@ -160,11 +189,17 @@ class PageTable:
         if key is None or key in self._by_key:
             return
         self._by_key[key] = page
-        self._published[page] = _Published(key, request.writer_of(index * self.page_size), request.member)
+        previous = request.page_keys[index - 1] if index else b""
+        assert previous is not None, "a page behind one without a key has none"
+        writer = request.writer_of(index * self.page_size)
+        self._published[page] = _Published(key, previous, writer, request.member)
+        if key in self._lost:  # what a preempted request lost and makes again was not found by another
+            self._hits[page] = self._lost.pop(key) + (not request.preemptions)
+            self._raise_before(page)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one reference to each of a request's pages, in the order of positions."""
-        # From the end: a page is no use without those before it, so it must be the first to go.
+        # From the end: what came to rest first is lost first.
         for page in reversed(pages):
             self._references[page] -= 1
             assert self._references[page] >= 0, f"page {page} was released more often than held"
@@ -173,7 +208,7 @@ class PageTable:
             if self._published[page] is None:
                 self._free.append(page)
             else:
-                self._idle[page] = None
+                self._rest(page)
 
     def assert_writable(self, pages: Sequence[int]) -> None:
         """A page that is written has one holder and no key: nobody else reads it, now or later."""

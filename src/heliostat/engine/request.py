@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Protocol
 
 from heliostat.errors import Refused
 from heliostat.family import Row
@@ -94,9 +94,19 @@ class State(StrEnum):
     FINISHED = "finished"
 
 
+class Matcher(Protocol):
+    """What one answer may say by its grammar. It belongs to one request, and is asked before every token."""
+
+    def allowed(self, answer: Sequence[int]) -> bytes:
+        """One bit a token id, the lowest first: those that may follow ``answer``; end tokens where it is whole.
+
+        Raises Refused where the grammar cannot go on.
+        """
+
+
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt to answer through one row. Raises Refused for an empty prompt.
+    """One prompt to answer through one row. Raises Refused for an empty prompt, or a grammar without an end.
 
     The fields below ``answer`` belong to the scheduler: nobody else changes them.
     """
@@ -113,6 +123,8 @@ class Request:
     """Whose counters it goes to; nothing is decided by it."""
     salt: str = ""
     """The tenant's: different salts never share a page. Set by the server, never by the user."""
+    matcher: Matcher | None = None
+    """Holds the answer to a grammar; it then ends where the grammar does, min_tokens or not."""
 
     answer: list[int] = field(default_factory=list)
     computed: int = 0
@@ -132,6 +144,10 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise Refused(f"request {self.id!r} has an empty prompt; the least is one token")
+        if self.matcher is not None and self.sampling.ignore_eos:
+            raise Refused(
+                f"request {self.id!r} has a grammar, which ends, and ignore_eos: leave one of them out"
+            )
 
     @property
     def length(self) -> int:

@@ -20,6 +20,8 @@ class Draw:
     sampling: Sampling
     answer: Sequence[int]
     eos: Sequence[int]
+    allowed: bytes | None = None
+    """One bit a token id, the lowest first: the tokens to choose from; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
     """Choose one token for each row of ``logits`` [N, V] (float32, not changed)."""
     if not draws:
         return []
-    steered = _steer(logits, draws)
+    steered = _mask(_steer(logits, draws), draws)
     tokens = steered.argmax(dim=-1)
     warm = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if warm:
@@ -68,6 +70,24 @@ def _steer(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
             out[row, list(seen)] -= wish.presence_penalty + wish.frequency_penalty * times
         out[row, held] = torch.finfo(out.dtype).min
     return out
+
+
+def _mask(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Logits without the tokens that are not allowed, whatever was wished: one mask for all rows that have one."""
+    rows = [row for row, draw in enumerate(draws) if draw.allowed is not None]
+    if not rows:
+        return logits
+    packed = torch.frombuffer(
+        bytearray(b"".join(draws[row].allowed or b"" for row in rows)), dtype=torch.uint8
+    )
+    packed = packed.view(len(rows), -1, 1).to(logits.device)
+    bits = (packed >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1  # [N, V / 8, 8]
+    allowed = torch.zeros(len(rows), logits.shape[1], dtype=torch.bool, device=logits.device)
+    known = min(logits.shape[1], bits.shape[1] * 8)  # a model may have more tokens than its tokenizer
+    allowed[:, :known] = bits.flatten(1)[:, :known].bool()
+    return logits.index_copy(
+        0, torch.tensor(rows, device=logits.device), logits[rows].masked_fill(~allowed, -torch.inf)
+    )
 
 
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

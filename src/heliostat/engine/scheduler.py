@@ -77,6 +77,11 @@ class Scheduler:
     def unfinished(self) -> int:
         return len(self._requests)
 
+    @property
+    def requests(self) -> Collection[Request]:
+        """Those unfinished."""
+        return self._requests.values()
+
     def add(self, request: Request) -> None:
         """Take a new request in; Refused, with the numbers, if it could never finish."""
         assert request.state is State.NEW, f"{request.id!r} was added before"
@@ -244,7 +249,9 @@ class Scheduler:
 
     def _reason_to_end(self, request: Request) -> FinishReason | None:
         sampling, answered = request.sampling, len(request.answer)
-        if request.answer[-1] in self.eos_ids and not sampling.ignore_eos and answered > sampling.min_tokens:
+        # An end within min_tokens is only ever chosen where a grammar allows nothing else.
+        enough = answered > sampling.min_tokens or request.matcher is not None
+        if request.answer[-1] in self.eos_ids and not sampling.ignore_eos and enough:
             return "stop"
         if answered >= sampling.max_tokens or request.length >= self.max_length:
             return "length"

@@ -38,9 +38,9 @@ def engine(base: Loaded, tokenizer: Tokenizer) -> Engine:
 def ask(engine: Engine, prompt: tuple[int, ...] = (5, 6, 7), module: str = "base", **options: Any) -> Request:
     row = Row(module, module, module, module)
     sampling = Sampling(**{"max_tokens": 6, "ignore_eos": True, **options})
-    return Request(
-        f"{id(options)}-{engine.unfinished}", row=row, digests={module: "d"}, prompt=prompt, sampling=sampling
-    )
+    digests = {module: engine.digests.get(module, "of nothing here")}
+    name = f"{id(options)}-{engine.unfinished}"
+    return Request(name, row=row, digests=digests, prompt=prompt, sampling=sampling)
 
 
 def run(engine: Engine, request: Request) -> str:

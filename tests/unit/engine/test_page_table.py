@@ -238,3 +238,16 @@ def test_keys_are_equal_exactly_when_tokens_and_writers_of_all_pages_are(facts):
             else:
                 assert by_key.setdefault(key, chain) == chain
                 assert by_chain.setdefault(chain, key) == key
+
+
+def test_what_a_page_goes_on_from_is_found_no_less_often_even_where_its_finder_has_a_twin():
+    table = PageTable(8, page_size=S)
+    first, second = computed(table, request(range(9))), request(range(10))
+    second.pages, second.computed = table.allocate(1), S  # it ran the first page itself, and finds the next
+    second.pages += (found := table.match(second))
+    table.take(second, found)
+    assert found == first.pages[1:2]
+    table.release(second.pages)
+    table.release(first.pages)
+    table.allocate(table.available() - 1)
+    assert matched(table, request(range(9))) == 4, "the second page went first"

@@ -7,7 +7,6 @@ it, in order. In every step the memory is compared with the history that each re
 
 import hashlib
 import random
-from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -20,6 +19,7 @@ from heliostat.engine.request import Request, Sampling, State
 from heliostat.engine.scheduler import Scheduler
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Row
+from tests.unit.engine.invariants import check_pages
 
 EOS = 7
 MAX_LENGTH = 40
@@ -212,7 +212,7 @@ class Machine:
                 self.memory.pop(slot, None)
 
     def check(self):
-        self.check_pages()
+        check_pages(self.scheduler, self.requests)
         self.check_keys()
         for request in self.requests:
             expected = self.reference[request.id]
@@ -220,21 +220,6 @@ class Machine:
             if request.state is State.FINISHED and request.finish_reason != "abort":
                 assert request.answer == expected
                 assert request.finish_reason == ("stop" if expected[-1] == EOS else "length")
-
-    def check_pages(self):
-        table, scheduler = self.table, self.scheduler
-        held = Counter(page for r in scheduler.running for page in r.pages)
-        assert [held[page] for page in range(table.pages)] == table._references
-        keyed = {page for page, published in enumerate(table._published) if published is not None}
-        unheld = set(range(table.pages)) - set(held)
-        assert sorted(table._free) == sorted(unheld - keyed) and set(table._idle) == unheld & keyed
-        assert table._by_key == {table._published[page].key: page for page in keyed}
-        assert table.available() == len(unheld)
-        for queue in (scheduler.waiting, scheduler.running):
-            assert [r.arrival for r in queue] == sorted(r.arrival for r in queue)
-        assert all(r.state is State.RUNNING for r in scheduler.running)
-        for r in self.requests:
-            assert r.computed <= r.length and (r.state is State.RUNNING or not r.pages)
 
     def check_keys(self):
         """A page's key and the history it ends in name each other, for ever."""
