@@ -1,5 +1,6 @@
 """The accuracy table: paired differences, the choice of a rate, the page."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_every_method_tries_as_many_rates() -> None:
 
 
 def test_the_best_rate_is_chosen_on_validation_items_alone(tmp_path: Path) -> None:
-    trials = results.search("tools", results.METHODS[0], 10)
+    method = replace(results.METHODS[0], rates=(1e-3, 2e-3, 5e-3))
+    trials = results.search("tools", method, 10)
     for trial, validation, test in zip(trials, (0.5, 0.7, 0.6), (0.9, 0.1, 0.8), strict=True):
         (tmp_path / "trials").mkdir(exist_ok=True)
         text = f'{{"validation": {validation}, "test": {test}}}'
@@ -52,6 +54,24 @@ def test_the_page_tells_numbers_intervals_and_where_they_come_from(tmp_path: Pat
     page = results.write(tmp_path, table, certificate("the command", steps=10)).read_text(encoding="utf-8")
     assert "| ICaRus | 60.0% | 50.0, 70.0 | -1.5 [-3.0, +0.2] against LoRA | 0.001 |" in page
     assert "the command" in page and (tmp_path / "accuracy-tools.svg").read_text().startswith("<svg")
+
+
+def test_longer_runs_and_wider_adapters_start_from_the_best_rate(tmp_path: Path) -> None:
+    for method in results.METHODS:
+        for trial, validation in zip(results.search("math", method, 10), (0.5, 0.7), strict=True):
+            (tmp_path / "trials").mkdir(exist_ok=True)
+            atomic_write_text(tmp_path / "trials" / f"{trial.name}.json", f'{{"validation": {validation}}}')
+    trials = results.variants(tmp_path, "math", 10)
+    assert trials["SUN", "30 steps"].steps == 30
+    assert trials["SUN", "30 steps"].learning_rate == results.METHODS[1].rates[1]
+    assert ("SUN", "10 steps, r 64") not in trials and trials["ICaRus", "30 steps, r 64"].r == 64
+    assert len({trial.name for trial in trials.values()}) == len(trials)
+
+
+def test_the_page_shows_what_longer_and_wider_bring(tmp_path: Path) -> None:
+    reached = {"math": {"SUN": {"10 steps": 0.5}, "ICaRus": {"10 steps": 0.25, "30 steps, r 64": 0.75}}}
+    page = results.write(tmp_path, {}, certificate("c", steps=10), reached).read_text(encoding="utf-8")
+    assert "| | 10 steps | 30 steps, r 64 |" in page and "| ICaRus | 25.0% | 75.0% |" in page
 
 
 def test_a_failed_trial_is_named_and_stops_the_rest(tmp_path: Path) -> None:
