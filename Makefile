@@ -49,14 +49,15 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## time of a training step against its cost model
+bench: $(STAMP)  ## a training step beside its cost model, decoding beside transformers
 	$(BIN)/python -m heliostat.bench.step_time
+	$(BIN)/python -m heliostat.bench.decode
 
-base: $(STAMP)  ## make the embedded base again, into out/base; about half an hour
+base: $(STAMP)  ## make the embedded base again, into out/base; more than an hour
 	$(BIN)/heliostat pretrain recipes/base.yaml
 
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
-	$(BIN)/python -m heliostat.bench.results
+	$(BIN)/python -m heliostat.bench.results --readme README.md
 
 docs: $(STAMP)  ## every command, verb and link that the pages name exists
 	$(BIN)/python -m pytest -q tests/house/test_readme.py

@@ -8,7 +8,6 @@ their own, one thread each, and are kept: run it again and only what is missing 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -20,11 +19,11 @@ from typing import Any
 
 from rich.console import Console
 
+from heliostat.bench.accuracy_page import rows_of, write, write_readme
 from heliostat.bench.birth import certificate
-from heliostat.bench.methods import METHODS, RANK, Method
+from heliostat.bench.methods import METHODS, Method
 from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, kept_at, write_data
-from heliostat.files import atomic_write_text, read_json
-from heliostat.plot import bars, lines
+from heliostat.files import read_json
 from heliostat.tasks import TASKS
 
 SEEDS = (0, 1, 2)
@@ -109,7 +108,7 @@ def measure(
             run_all(folder, ordinary, workers=workers, console=console, half=sharing)
         run_all(folder, [full], workers=workers, console=console, half="base")
         tables[task] = _task_table(folder, task, chosen)
-        console.print(*_rows(tables[task]), sep="\n")
+        console.print(*rows_of(tables[task]), sep="\n")
     return tables
 
 
@@ -196,83 +195,13 @@ def _kept(folder: Path, trial: Trial) -> dict[str, Any]:
     return read_json(kept_at(folder, trial))
 
 
-def write(
-    folder: Path,
-    tables: Mapping[str, Any],
-    birth: Mapping[str, Any],
-    reached: Mapping[str, Any] | None = None,
-) -> Path:
-    """accuracy.json, accuracy.md and its pictures in ``folder``; ``reached``: ``reach`` by task. Returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"birth": birth, "tasks": tables, "reach": reached or {}}
-    atomic_write_text(folder / "accuracy.json", json.dumps(facts, indent=1) + "\n")
-    parts = ["# Accuracy of every sharing on the embedded tasks", "", *_preface(birth), ""]
-    for task, table in tables.items():
-        means = {name: 100 * sum(row["seeds"]) / len(row["seeds"]) for name, row in table.items()}
-        edges = {n: (100 * min(row["seeds"]), 100 * max(row["seeds"])) for n, row in table.items()}
-        picture = bars(
-            means, title=f"{task}: right answers, mean of {len(SEEDS)} seeds", unit="%", intervals=edges
-        )
-        atomic_write_text(folder / f"accuracy-{task}.svg", picture)
-        curves = {n: [(s, x) for s, x in row["history"]] for n, row in table.items() if "history" in row}
-        drawn = lines(
-            curves, title=f"{task}: training loss, seed {SEEDS[0]}", x="step", y="nats an answer token"
-        )
-        atomic_write_text(folder / f"loss-{task}.svg", drawn)
-        parts += [f"## {task}: {TASKS[task].what}", "", *_rows(table), ""]
-        parts += [f"![right answers](accuracy-{task}.svg) ![loss](loss-{task}.svg)", ""]
-    for task, rows in (reached or {}).items():
-        parts += [f"## {task}: longer and wider", "", *_reach_rows(rows), ""]
-    page = folder / "accuracy.md"
-    atomic_write_text(page, "\n".join(parts))
-    return page
-
-
-def _preface(birth: Mapping[str, Any]) -> list[str]:
-    rates = len(METHODS[0].rates)
-    return [
-        f"Each number: mean over {len(SEEDS)} seeds of the share of right greedy answers to 1,000 held-out items; "
-        f"{birth['steps']} steps of 32 examples. {rates} learning rates were tried for each method and task with one "
-        "seed and judged on 300 other items. Points: difference on the same items, 95 % paired bootstrap interval.",
-        "A control is the full fine-tune put into a shared row as it is.",
-        "",
-        f"`{birth['command']}`; {birth['hardware']}; commit {birth['commit']}; {birth['date']}; "
-        + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
-    ]
-
-
-def _rows(table: Mapping[str, Any]) -> list[str]:
-    found = ["| | right answers | by seed | points | rate |", "|---|---|---|---|---|"]
-    for name, row in table.items():
-        mean = sum(row["seeds"]) / len(row["seeds"])
-        points = ""
-        if "points" in row:
-            low, high = row["interval"]
-            points = f"{row['points']:+.1f} [{low:+.1f}, {high:+.1f}] against {row['against']}"
-        seeds = ", ".join(f"{100 * s:.1f}" for s in row["seeds"])
-        found.append(f"| {name} | {mean:.1%} | {seeds} | {points} | {row.get('learning_rate', '')} |")
-    return found
-
-
-def _reach_rows(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    changes = list(dict.fromkeys(change for row in rows.values() for change in row))
-    found = [
-        f"Right answers with seed {SEEDS[0]}, at the rate chosen above; adapters have rank {RANK} where none is named.",
-        "",
-        f"| | {' | '.join(changes)} |",
-        "|---" * (len(changes) + 1) + "|",
-    ]
-    for name, row in rows.items():
-        found.append(f"| {name} | {' | '.join(f'{row[c]:.1%}' if c in row else '' for c in changes)} |")
-    return found
-
-
 def main() -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/results"), help="family, trials, logs")
     parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="table and pictures")
     parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--readme", type=Path, help="a README whose table is replaced")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2, help="trials at once, one thread each")
     parser.add_argument(
@@ -284,6 +213,8 @@ def main() -> None:
     reached = {task: reach(given.out, task, **how) for task in given.reach.split(",") if task}
     command = f"python -m heliostat.bench.results --tasks {given.tasks} --steps {given.steps} --reach '{given.reach}'"
     page = write(given.docs, tables, certificate(command, seeds=list(SEEDS), steps=given.steps), reached)
+    if given.readme is not None:
+        write_readme(given.readme, tables)
     print(page)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from heliostat.bench import results
-from heliostat.bench.birth import certificate
 from heliostat.bench.trial import Trial
 from heliostat.files import atomic_write_text
 
@@ -42,20 +41,6 @@ def test_the_best_rate_is_chosen_on_validation_items_alone(tmp_path: Path) -> No
     assert results.best(tmp_path, trials) == trials[1]
 
 
-def test_the_page_tells_numbers_intervals_and_where_they_come_from(tmp_path: Path) -> None:
-    row = {
-        "seeds": [0.5, 0.7],
-        "points": -1.5,
-        "interval": [-3.0, 0.2],
-        "against": "LoRA",
-        "learning_rate": 0.001,
-    }
-    table = {"tools": {"base, untuned": {"seeds": [0.1]}, "ICaRus": row | {"history": [[1, 2.0], [2, 1.0]]}}}
-    page = results.write(tmp_path, table, certificate("the command", steps=10)).read_text(encoding="utf-8")
-    assert "| ICaRus | 60.0% | 50.0, 70.0 | -1.5 [-3.0, +0.2] against LoRA | 0.001 |" in page
-    assert "the command" in page and (tmp_path / "accuracy-tools.svg").read_text().startswith("<svg")
-
-
 def test_longer_runs_and_wider_adapters_start_from_the_best_rate(tmp_path: Path) -> None:
     for method in results.METHODS:
         for trial, validation in zip(results.search("math", method, 10), (0.5, 0.7), strict=True):
@@ -66,12 +51,6 @@ def test_longer_runs_and_wider_adapters_start_from_the_best_rate(tmp_path: Path)
     assert trials["SUN", "30 steps"].learning_rate == results.METHODS[1].rates[1]
     assert ("SUN", "10 steps, r 64") not in trials and trials["ICaRus", "30 steps, r 64"].r == 64
     assert len({trial.name for trial in trials.values()}) == len(trials)
-
-
-def test_the_page_shows_what_longer_and_wider_bring(tmp_path: Path) -> None:
-    reached = {"math": {"SUN": {"10 steps": 0.5}, "ICaRus": {"10 steps": 0.25, "30 steps, r 64": 0.75}}}
-    page = results.write(tmp_path, {}, certificate("c", steps=10), reached).read_text(encoding="utf-8")
-    assert "| | 10 steps | 30 steps, r 64 |" in page and "| ICaRus | 25.0% | 75.0% |" in page
 
 
 def test_a_failed_trial_is_named_and_stops_the_rest(tmp_path: Path) -> None:
