@@ -114,7 +114,7 @@ def measure(
 
 def variants(folder: Path, task: str, steps: int) -> dict[tuple[str, str], Trial]:
     """(method, what was changed) -> a trial of its best rate: longer runs, wider adapters, both; one seed."""
-    lengths = {f"{n * steps} steps": {"steps": n * steps} for n in (1, LONGER)}
+    lengths: dict[str, dict[str, Any]] = {f"{n * steps} steps": {"steps": n * steps} for n in (1, LONGER)}
     wide = {f"{name}, r {WIDER_RANK}": change | {"r": WIDER_RANK} for name, change in lengths.items()}
     found = {}
     for method in METHODS:

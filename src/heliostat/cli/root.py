@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, Command] = {
     "member": Command("families", "member", "Remove or rename a member.", MAKE),
     "generate": Command("answering", "generate", "Answer one prompt, or a file of prompts.", ASK),
     "chat": Command("chatting", "chat", "Talk with a member, and switch members as you go.", ASK),
+    "serve": Command("serving", "serve", "Serve members over HTTP to any OpenAI client.", ASK),
     "eval": Command("grading", "grade_member", "Grade a member's answers to held-out data.", ASK),
     "inspect": Command("inspecting", "inspect_family", "Show modules, members, and what they share.", LOOK),
     "check": Command(

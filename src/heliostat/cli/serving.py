@@ -1,0 +1,74 @@
+"""``heliostat serve``: a family behind an HTTP port, for any OpenAI client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heliostat import __version__
+from heliostat.cli.answering import CacheMib, Device, Dtype
+from heliostat.cli.printing import Family, note
+
+Seconds = Annotated[
+    float | None, typer.Option(min=0.001, show_default=False, help="Most seconds for a request.")
+]
+Pem = typer.Option(show_default=False, help="PEM file; with the other one the server speaks TLS.")
+
+
+def serve(
+    family: Family,
+    host: Annotated[
+        str, typer.Option(help="Address to bind; others than loopback want --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(help="Who is served, once or several times; default: all and the base."),
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(show_default=False, help="YAML or JSON file of API keys: who may ask whom.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name under which the server may be reached; may be repeated.")
+    ] = None,
+    tls_cert: Annotated[Path | None, Pem] = None,
+    tls_key: Annotated[Path | None, Pem] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    cache_mib: CacheMib = 1024,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, show_default=False, help="Most tokens of prompt and answer.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Most requests in the queue; more get 429.")] = 256,
+    deadline: Seconds = None,
+    drain: Annotated[float, typer.Option(min=0, help="Most seconds to finish after SIGTERM.")] = 30.0,
+    max_body_mib: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 8,
+) -> None:
+    """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once."""
+    from heliostat.serve.run import Settings
+    from heliostat.serve.run import serve as run
+
+    settings = Settings(
+        family=family,
+        host=host,
+        port=port,
+        members=member or None,
+        keys=keys,
+        allow_hosts=tuple(allow_host or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        dtype=dtype,
+        device=device,
+        cache_mib=cache_mib,
+        max_length=max_length,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        deadline=deadline,
+        drain=drain,
+        max_body_mib=max_body_mib,
+    )
+    note(f"loading {family} ...")
+    run(settings, version=__version__)

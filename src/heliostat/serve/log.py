@@ -1,0 +1,34 @@
+"""Structured logs: one JSON object a line. Never a key, a prompt or an answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+MOST_WARNINGS = 100
+
+
+@dataclass(slots=True)
+class Log:
+    """Writes to ``out``; ``None`` is silent."""
+
+    out: TextIO | None = field(default_factory=lambda: sys.stderr)
+    _warned: set[str] = field(default_factory=set)
+
+    def say(self, event: str, **facts: Any) -> None:
+        """One line; facts that are None are left out."""
+        if self.out is None:
+            return
+        now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z"
+        told = {"time": now, "event": event, **{k: v for k, v in facts.items() if v is not None}}
+        print(json.dumps(told), file=self.out, flush=True)
+
+    def warn_once(self, what: str, **facts: Any) -> None:
+        """A warning the first time; somebody who sends ever new fields is heard a hundred times."""
+        if what in self._warned or len(self._warned) >= MOST_WARNINGS:
+            return
+        self._warned.add(what)
+        self.say("warning", message=what, **facts)

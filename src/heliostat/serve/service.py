@@ -1,0 +1,319 @@
+"""The server without HTTP: who asks, which version answers, how many are in flight, what is loaded and let go."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from heliostat.engine.engine import Engine
+from heliostat.engine.grammar import Grammars
+from heliostat.engine.remembered import Remembered
+from heliostat.engine.request import Request
+from heliostat.errors import Refused
+from heliostat.model.tokenizer import Tokenizer
+from heliostat.serve.dialect import Asking, ChatAsking, Message, TextAsking
+from heliostat.serve.forms import schema_of, shown_tools, turns
+from heliostat.serve.keys import OPEN, Keys, Tenant
+from heliostat.serve.log import Log
+from heliostat.serve.metrics import Snapshot
+from heliostat.serve.owner import Asked, Owner, snapshot
+from heliostat.serve.roster import Roster, Unknown, Version
+from heliostat.serve.shelf import Arrival, Shelf
+from heliostat.serve.speaking import ChatShape, Shape, TextShape, Voice
+from heliostat.serve.tools import Caller, chosen, forced_schema, showing
+from heliostat.serve.trouble import Trouble
+
+LOOK_SECONDS = 2.0
+"""Longest that somebody who only looks waits for the engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Caps of what a client may send."""
+
+    body: int = 8 * 2**20
+    """Bytes."""
+    body_seconds: float = 30.0
+    """Longest wait for a body."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One completion that is being answered."""
+
+    id: str
+    asking: Asking
+    version: Version
+    shape: Shape
+    asked: Asked
+    voices: list[Voice]
+    created: int
+    service: Service
+    finished: bool = False
+
+    def finish(self) -> None:
+        """Must be called, once or more: what is unfinished is aborted."""
+        if not self.finished:
+            self.finished = True
+            self.service.release(self)
+
+
+@dataclass(slots=True, eq=False)
+class Service:
+    """Everything between the routes and the engine; lives on the event loop."""
+
+    tokenizer: Tokenizer
+    roster: Roster
+    owner: Owner
+    shelf: Shelf | None
+    """None: members cannot be loaded while it runs."""
+    keys: Keys | None = None
+    hosts: frozenset[str] = frozenset()
+    """Names under which it may be reached, besides localhost and addresses."""
+    limits: Limits = field(default_factory=Limits)
+    log: Log = field(default_factory=Log)
+    draining: bool = False
+    began: int = field(default_factory=lambda: int(time.time()))
+    _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    remembered: Remembered = field(default_factory=Remembered)
+    _memory: threading.Lock = field(default_factory=threading.Lock)
+    _grammars: Grammars | None = None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a new request would be taken in, if there is room."""
+        return not self.draining and not self.owner.failure
+
+    @property
+    def in_flight(self) -> int:
+        """Completions that were begun and not yet answered to their end."""
+        return self.roster.all_flying
+
+    def tenant(self, authorization: str | None) -> Tenant:
+        """Who sends this header; 401 where there are keys and it holds none of them."""
+        return OPEN if self.keys is None else self.keys.tenant(authorization or "")
+
+    def find(self, name: str, tenant: Tenant) -> Version:
+        """The version behind a name; a member that is not theirs looks as if there were none."""
+        if tenant.may(name) and name.partition("@")[0] in self.roster:
+            return self.roster.find(name)
+        there = sorted(filter(tenant.may, self.roster))
+        raise Unknown(f"no member {name!r} is served; there is: {', '.join(there) or 'none'}")
+
+    async def look(self) -> Snapshot:
+        """How it is now, or was last where a step takes long; kept for Prometheus, too."""
+        metrics = self.owner.metrics
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS):
+                now = await self.owner.call(partial(snapshot, rows=self.owner.rows))
+                metrics.snapshot = replace(now, recalls=asdict(self.remembered.recalls))
+        return metrics.snapshot
+
+    # ---- completions
+
+    async def chat(self, asking: ChatAsking, tenant: Tenant) -> Job:
+        """Take a conversation in."""
+        tools = shown_tools(asking)
+        forced = chosen(tools, asking.tool_choice)
+        schema = forced_schema(forced) if forced else schema_of(asking, tools)
+        with self._entered(asking, tenant) as version:
+            ids = await asyncio.to_thread(self._conversation, asking.messages, tools, tenant.salt)
+            shape = ChatShape(self.tokenizer, asking.top_logprobs_wanted is not None)
+            requests = self._requests(shape.prefix, asking, version, tenant, [ids])
+            await asyncio.to_thread(
+                self._hold, requests, schema, "tool_choice" if forced else "response_format"
+            )
+            caller = partial(Caller, listening=bool(tools), forced=bool(forced))
+            return await self._job(asking, version, requests, shape, caller)
+
+    async def complete(self, asking: TextAsking, tenant: Tenant) -> Job:
+        """Take bare prompts in."""
+        schema = schema_of(asking, ())
+        with self._entered(asking, tenant) as version:
+            prompts = await asyncio.to_thread(lambda: [self._bare(prompt) for prompt in asking.prompts])
+            shape = TextShape(self.tokenizer, asking.logprobs is not None)
+            requests = self._requests(shape.prefix, asking, version, tenant, prompts)
+            await asyncio.to_thread(self._hold, requests, schema, "response_format")
+            return await self._job(asking, version, requests, shape, partial(Caller, listening=False))
+
+    def _conversation(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], salt: str
+    ) -> Sequence[int]:
+        """Ids of a conversation; answers of ours in it stand as they were said, so that their pages are found."""
+        tokenizer = showing(self.tokenizer, tools)
+        with self._memory:
+            return self.remembered.prompt_ids(tokenizer, turns(messages), salt=salt)
+
+    async def remember(self, job: Job) -> None:
+        """Keep the ids of an answer that has ended, for when it comes back as text."""
+        await asyncio.to_thread(self._remember, job)
+
+    def _remember(self, job: Job) -> None:
+        for request, voice in zip(job.asked.requests, job.voices, strict=True):
+            if voice.text and not voice.caller.calls:
+                with self._memory:
+                    self.remembered.remember(self.tokenizer, voice.text, request.answer, salt=request.salt)
+
+    def _hold(self, requests: Sequence[Request], schema: Mapping[str, Any] | None, param: str) -> None:
+        """Have the answers follow a schema."""
+        if schema is None:
+            return
+        try:
+            with self._memory:
+                self._grammars = self._grammars or Grammars(self.tokenizer)
+            for request in requests:
+                request.matcher = self._grammars.matcher(schema)
+        except Refused as error:
+            raise Trouble(400, str(error), param) from None
+
+    def _bare(self, prompt: str | list[int]) -> list[int]:
+        return self.tokenizer.plain_prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
+
+    @contextmanager
+    def _entered(self, asking: Asking, tenant: Tenant) -> Iterator[Version]:
+        """The version that answers, kept until the job that comes of it is finished, or there is none."""
+        if self.draining:
+            raise Trouble(503, "the server is shutting down: ask another one", code="draining")
+        self.find(asking.model, tenant)
+        self.owner.refuse_if_full(asking.choices)  # before any work is done for it
+        version = self.roster.choose(asking.model)
+        self.roster.begin(version)
+        try:
+            yield version
+        except BaseException:
+            self._left(version)
+            raise
+
+    def _left(self, version: Version) -> None:
+        self.roster.end(version)
+        seat = self.roster.seats.get(version.member)
+        if seat is None or version not in seat.versions:
+            self._later(self.tidy())
+
+    async def _job(
+        self,
+        asking: Asking,
+        version: Version,
+        requests: Sequence[Request],
+        shape: Shape,
+        caller: Callable[[], Caller],
+    ) -> Job:
+        asked = await self.owner.ask(requests)
+        voices = [Voice(caller(), self.tokenizer.eos_ids) for _ in requests]
+        name = requests[0].id.rpartition("/")[0]
+        return Job(name, asking, version, shape, asked, voices, int(time.time()), self)
+
+    def release(self, job: Job) -> None:
+        """It is over: abort what is unfinished, let go of its version."""
+        self.owner.abort(job.asked)
+        self._left(job.version)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _requests(
+        self,
+        prefix: str,
+        asking: Asking,
+        version: Version,
+        tenant: Tenant,
+        prompts: Sequence[Sequence[int]],
+    ) -> list[Request]:
+        name = prefix + secrets.token_hex(12)
+        first = asking.sampling(most=self.owner.engine.max_length)
+        if len(prompts) * asking.choices > self.owner.most:
+            raise Trouble(
+                400, f"{len(prompts)} prompts with n {asking.choices}; at most {self.owner.most}", "n"
+            )
+        return [
+            Request(
+                f"{name}/{place}-{choice}",
+                row=version.row,
+                digests=version.digests,
+                prompt=tuple(prompt),
+                sampling=replace(first, choice=choice),
+                member=version.member,
+                salt=tenant.salt,
+            )
+            for place, prompt in enumerate(prompts)
+            for choice in range(asking.choices)
+        ]
+
+    # ---- members
+
+    async def load(self, member: str, source: str | None = None) -> Version:
+        """Serve one more member of the family."""
+        async with self._change():
+            if member in self.roster:
+                raise Refused(f"{member!r} is served already: roll it to a newer version, or unload it")
+            return self.roster.add(await self._arrived(member, source or member))
+
+    async def roll(self, member: str, source: str | None = None) -> Version:
+        """Let a newer version of a member take its place."""
+        async with self._change():
+            self.roster.seat(member)
+            return self.roster.roll(await self._arrived(member, source or member))
+
+    async def canary(self, member: str, share: float, source: str | None = None) -> None:
+        """Try a newer version on a share of a member's requests; a share of 0 ends it."""
+        async with self._change():
+            self.roster.seat(member)
+            if share == 0:
+                self.roster.call_off(member)
+            else:
+                self.roster.try_out(await self._arrived(member, source or member), share=share)
+
+    async def unload(self, member: str) -> None:
+        """Serve a member no more; its memory goes when the last request in flight has ended."""
+        async with self._change():
+            self.roster.drop(member)
+
+    @asynccontextmanager
+    async def _change(self) -> AsyncIterator[None]:
+        """One change at a time; what it loaded in vain, or made superfluous, goes again."""
+        try:
+            async with self._changing:
+                yield
+        finally:
+            await self.tidy()
+
+    async def _arrived(self, member: str, source: str) -> Version:
+        if self.shelf is None:
+            raise Refused("this server was not started from a folder: there is nothing to load members from")
+        try:
+            arrival = await asyncio.to_thread(self.shelf.read, source)
+            digests = await self.owner.call(partial(enter, self.shelf, arrival))
+        except Refused as error:  # where the folder lies is not for clients to know
+            raise Refused(str(error).replace(str(self.shelf.folder), "FAMILY")) from error
+        return Version(member, arrival.row, digests, source)
+
+    async def tidy(self) -> None:
+        """Let modules go that nobody needs any more."""
+        if self.shelf is None:
+            return
+        async with self._changing:
+            unneeded = self.shelf.held.keys() - self.roster.needed()
+            if unneeded:
+                await self.owner.call(lambda engine: engine.unload(unneeded))
+                self.shelf.forget(unneeded)
+
+
+def enter(shelf: Shelf, arrival: Arrival, engine: Engine) -> Mapping[str, str]:
+    """Put what arrived into the engine, on its thread; the engine's digests of the modules of the row."""
+    new = shelf.put(arrival)
+    try:
+        engine.load(new)
+    except Refused:
+        shelf.forget(new)
+        raise
+    return {name: engine.digests[name] for name in arrival.row.modules}

@@ -1,0 +1,63 @@
+"""A choice while it is spoken: log-probabilities wait for their text, the end token is no part of an answer."""
+
+from typing import Any
+
+import pytest
+
+from heliostat.engine.engine import Piece
+from heliostat.engine.request import FinishReason, Request
+from heliostat.engine.sampler import Sampled
+from heliostat.family import Row
+from heliostat.serve.speaking import Voice, finite, usage_of
+from heliostat.serve.tools import Caller
+
+END = 1
+
+
+def request(prompt: int = 4, answer: int = 2, cached: int = 0) -> Request:
+    made = Request("r", row=Row("b", "b", "b", "b"), digests={"b": "d"}, prompt=(5,) * prompt)
+    made.answer, made.cached_tokens = [7] * answer, cached
+    return made
+
+
+def heard(*pieces: tuple[str, int, FinishReason | None], listening: bool = False) -> tuple[Voice, list[Any]]:
+    voice = Voice(Caller(listening), [END])
+    found = [voice.hear(Piece(request(), text, Sampled(token, -1.0), end)) for text, token, end in pieces]
+    return voice, found
+
+
+def test_tokens_without_text_wait_for_it() -> None:
+    voice, (nothing, told, last) = heard(("", 7, None), ("ü", 8, None), ("!", 9, "length"))
+    assert nothing is None
+    assert (told.text, [s.token for s in told.tokens], told.first) == ("ü", [7, 8], True)
+    assert (last.text, [s.token for s in last.tokens], last.first, last.offset) == ("!", [9], False, 1)
+    assert voice.whole.text == "ü!" and len(voice.whole.tokens) == 3
+
+
+@pytest.mark.parametrize(("reason", "tokens"), [("stop", [7]), ("length", [7])])
+def test_an_end_token_is_not_told(reason: FinishReason, tokens: list[int]) -> None:
+    voice, (_, last) = heard(("a", 7, None), ("", END, reason))
+    assert last.reason == reason and last.text == "" and [s.token for s in voice.tokens] == tokens
+
+
+def test_an_answer_of_nothing_is_told_once() -> None:
+    voice, (only,) = heard(("", END, "stop"))
+    assert only.first and only.reason == voice.reason == "stop" and voice.whole.text == ""
+
+
+def test_calls_change_the_reason_only_of_an_answer_that_has_ended() -> None:
+    said = '<tool_call>{"name": "f"}</tool_call>'
+    for end, reason in (("stop", "tool_calls"), ("length", "length")):
+        voice, _ = heard((said, 7, None), ("", END, end), listening=True)  # type: ignore[arg-type]
+        assert voice.reason == reason and len(voice.caller.calls) == 1
+
+
+def test_usage_counts_a_prompt_once() -> None:
+    requests = [request(cached=2), request(cached=4), request(prompt=6), request(prompt=6, cached=4)]
+    usage = usage_of(requests, choices=2)
+    assert usage["prompt_tokens"] == 10 and usage["completion_tokens"] == 8 and usage["total_tokens"] == 18
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+def test_json_has_no_infinity() -> None:
+    assert finite(float("-inf")) == -9999.0 and finite(-0.5) == -0.5
