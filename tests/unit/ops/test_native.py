@@ -84,6 +84,7 @@ def test_norm_and_gate_are_their_twins(
 def test_the_gate_stays_finite_for_extreme_numbers() -> None:
     x = torch.tensor([[-1e30, -100.0, 0.0, 100.0, 1e30] + [1.0] * 5])
     close(gated(x), plain_gated(x), 1e-5)
+    assert gated(torch.full((1, 8), torch.nan)).isnan().all()
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.sampled_from([2, 8, 64, 80]), KINDS, st.integers(0, 2**16))

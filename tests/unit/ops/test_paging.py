@@ -124,6 +124,16 @@ def test_the_kernel_sees_long_texts_and_many_queries_and_no_number_of_threads() 
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.skipif(not native.built(), reason="the compiled kernels do not run here")
+@pytest.mark.parametrize("where", ["q", "keys", "values"])
+@torch.inference_mode()
+def test_a_number_that_is_none_does_not_hide(where: str) -> None:
+    parts = {"q": some((1, 2, 32), 0), "keys": some((2, 16, 1, 32), 1), "values": some((2, 16, 1, 32), 2)}
+    parts[where][0] = torch.nan
+    group = PagedGroup(torch.tensor([[0]]), torch.tensor([[0, 1]]), torch.tensor([[20]]))
+    assert native.attend(parts["q"], parts["keys"], parts["values"], ragged([group])).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_rows_are_written_where_they_belong_and_nowhere_else(dtype: torch.dtype) -> None:

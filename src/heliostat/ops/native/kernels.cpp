@@ -89,9 +89,9 @@ inline f32v sums(const f32v* v) {
   return _mm512_permutexvar_ps(order, mixed);
 }
 
-// e^x for x <= 0, to about 1e-7 relative; far below zero it is 0.
+// e^x for x <= 0, to about 1e-7 relative; far below zero it is 0. NaN stays NaN: of max, the second operand.
 inline f32v exponential(f32v x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
   const f32v n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   f32v r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
