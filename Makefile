@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow check lint types format bench results docs clean
+.PHONY: help demo base test test-slow check lint types format bench bench-gpu results docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -52,6 +52,10 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 bench: $(STAMP)  ## a training step beside its cost model, decoding beside transformers
 	$(BIN)/python -m heliostat.bench.step_time
 	$(BIN)/python -m heliostat.bench.decode
+
+bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, and decoding; writes docs/results/decode-gpu.md
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m heliostat.bench.decode --device cuda
 
 base: $(STAMP)  ## make the embedded base again, into out/base; more than an hour
 	$(BIN)/heliostat pretrain recipes/base.yaml

@@ -11,16 +11,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.trial import EMBEDDED_BASE
-from heliostat.build import Loaded, best_dtype
+from heliostat.build import Loaded, best_dtype, device_named
 from heliostat.engine.batch import passes_of
 from heliostat.engine.engine import PAGE_SIZE, Engine
+from heliostat.engine.paged import Ask
 from heliostat.engine.request import Request, Sampling
 from heliostat.family import Row
 from heliostat.files import atomic_write_text
@@ -29,6 +32,7 @@ from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 from heliostat.ops import native
 from heliostat.ops.linear import linear
+from heliostat.ops.paging import PagedGroup, grouped_attention
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "24M": {"hidden_size": 384, "num_hidden_layers": 8, "num_attention_heads": 6, "intermediate_size": 1024},
@@ -111,7 +115,7 @@ class Ours:
 
 def theirs(model: Any, batch: int, seed: int) -> float:
     """Seconds a token of transformers' generate: of a long answer less a short one, so that the prompt does not count."""
-    ids, few = torch.tensor(prompts(batch, seed)), 2
+    ids, few = torch.tensor(prompts(batch, seed), device=model.device), 2
     took = []
     for count in (few, few + STEPS):
         begin = time.perf_counter()
@@ -130,36 +134,56 @@ def theirs(model: Any, batch: int, seed: int) -> float:
 @torch.inference_mode()
 def bare(model: Transformer, batch: int) -> float:
     """Seconds of a step's products and attention alone."""
-    config = model.config
-    q = torch.zeros(batch, config.heads, config.head_width, dtype=model.dtype)
-    pages = torch.zeros(batch * 16, PAGE_SIZE, config.kv_heads, config.head_width, dtype=model.dtype)
-    each = torch.arange(batch)
-    asks = native.Ragged(
-        each, torch.full((batch,), 240), torch.arange(batch + 1), torch.arange(batch * 16), each * 16
-    )
-    narrow = torch.zeros(batch, config.width, dtype=model.dtype)
-    wide = torch.zeros(batch, config.mlp_width, dtype=model.dtype)
+    config, count = model.config, 240 // PAGE_SIZE
+    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+    q = torch.zeros(batch, config.heads, config.head_width, **like)
+    pages = torch.zeros(batch * count, PAGE_SIZE, config.kv_heads, config.head_width, **like)
+    narrow, wide = torch.zeros(batch, config.width, **like), torch.zeros(batch, config.mlp_width, **like)
+    ask = _ask(batch, count, pages)
 
     def once() -> None:
         for block in model.blocks:
             attention, mlp = block.self_attn, block.mlp
             assert attention.joined is not None and mlp.joined is not None
             linear(narrow, attention.joined.weight)
-            native.attend(q, pages, pages, asks)
+            ask(q, pages, pages)
             linear(q.flatten(1), attention.o_proj.weight)
             linear(narrow, mlp.joined.weight)
             linear(wide, mlp.down_proj.weight)
         linear(narrow, model.lm_head.weight)
+        _wait(model.device)
 
     return median(once)
 
 
+def _ask(batch: int, count: int, pages: Tensor) -> Ask:
+    """Attention of one query a request over ``count`` pages each, as the engine would have it done."""
+    each = torch.arange(batch, device=pages.device)
+    numbers, seen = torch.arange(batch * count, device=pages.device), torch.full_like(each, count * PAGE_SIZE)
+    if native.ready(pages):
+        starts = torch.arange(batch + 1)
+        return partial(native.attend, entries=native.Ragged(each, seen, starts, numbers, each * count))
+    group = PagedGroup(each[:, None], numbers.view(batch, count), seen[:, None], count * PAGE_SIZE)
+    return partial(grouped_attention, groups=[group])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @torch.inference_mode()
-def bandwidth() -> float:
+def bandwidth(device: torch.device) -> float:
     """Bytes a second that reading memory reaches: a product of one row with more weight than any cache holds."""
-    weights = [torch.zeros(8192, 8192, dtype=torch.bfloat16) for _ in range(4)]
-    x = torch.zeros(1, 8192, dtype=torch.bfloat16)
-    return 4 * 2 * 8192**2 / median(lambda: [linear(x, weight) for weight in weights])
+    weights = [torch.zeros(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    x = torch.zeros(1, 8192, dtype=torch.bfloat16, device=device)
+
+    def once() -> None:
+        for weight in weights:
+            linear(x, weight)
+        _wait(device)
+
+    return 4 * 2 * 8192**2 / median(once)
 
 
 def median(run: Callable[[], object], repeats: int = 9) -> float:
@@ -173,18 +197,18 @@ def median(run: Callable[[], object], repeats: int = 9) -> float:
     return statistics.median(seconds)
 
 
-def measure(name: str, *, repeats: int) -> list[dict[str, Any]]:
+def measure(name: str, *, repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
     """A row for each batch size."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    kind = best_dtype()
+    kind = best_dtype(device)
     their: Any = LlamaForCausalLM(LlamaConfig(**shape(name)))
-    their = their.to(kind).eval()
-    model = Transformer(parse_config(shape(name))).to(kind).requires_grad_(False)
+    their = their.to(device, kind).eval()
+    model = Transformer(parse_config(shape(name))).to(device, kind).requires_grad_(False)
     state = their.state_dict()
     model.load_state_dict({key: state[key].clone() for key in model.state_dict()})
-    ours, speed = Ours(model), bandwidth()
+    ours, speed = Ours(model), bandwidth(model.device)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     rows = []
     for batch in BATCHES:
@@ -236,13 +260,20 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     given = parser.parse_args()
-    rows = [row for name in given.models.split(",") for row in measure(name, repeats=given.repeats)]
+    how: dict[str, Any] = {"repeats": given.repeats, "device": device_named(given.device)}
+    rows = [row for name in given.models.split(",") for row in measure(name, **how)]
     command = f"python -m heliostat.bench.decode --models {given.models} --repeats {given.repeats}"
-    birth = certificate(command, repeats=given.repeats, dtype=str(best_dtype()).removeprefix("torch."))
+    command += f" --device {given.device}"
+    kind = str(best_dtype(how["device"])).removeprefix("torch.")
+    birth = certificate(command, repeats=given.repeats, dtype=kind)
+    name = "decode" if how["device"] == "cpu" else "decode-gpu"
     given.docs.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(given.docs / "decode.json", json.dumps({"birth": birth, "rows": rows}, indent=1) + "\n")
-    atomic_write_text(given.docs / "decode.md", _page(rows, birth))
+    atomic_write_text(
+        given.docs / f"{name}.json", json.dumps({"birth": birth, "rows": rows}, indent=1) + "\n"
+    )
+    atomic_write_text(given.docs / f"{name}.md", _page(rows, birth))
 
 
 if __name__ == "__main__":
