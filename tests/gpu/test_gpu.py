@@ -16,15 +16,11 @@ pytestmark = [
 PROMPTS = ["add 2 and 3", "what is left of ten less four?", "hello", "a b c d e f g h i j k l m n o p"]
 
 
-@pytest.mark.parametrize("sharing", ["independent", "sun", "prefillshare", "icarus"])
-def test_answers_are_those_of_the_cpu(tiny_family: Path, sharing: str) -> None:
-    members = [name for name in LLM(tiny_family, dtype="float32").rows if sharing in name] or ["base"]
-    for member in members:
-        said = [
-            LLM(tiny_family, dtype="float32", device=device).generate(PROMPTS, member=member, max_tokens=24)
-            for device in ("cpu", "cuda")
-        ]
-        assert [answer.ids for answer in said[0]] == [answer.ids for answer in said[1]]
+def test_answers_of_every_member_are_those_of_the_cpu(tiny_family: Path) -> None:
+    here, there = (LLM(tiny_family, dtype="float32", device=device) for device in ("cpu", "cuda"))
+    for member in here.rows:
+        said = [llm.generate(PROMPTS, member=member, max_tokens=24) for llm in (here, there)]
+        assert [answer.ids for answer in said[0]] == [answer.ids for answer in said[1]], member
 
 
 def test_training_on_the_device_has_the_cpus_losses(
