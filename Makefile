@@ -32,8 +32,9 @@ demo: $(STAMP)  ## one task, every sharing, tables and out/demo/report.html
 test: lint types  ## what CI runs: lint, types and all tests but the slow ones
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients, a browser, a soak, sanitizers
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
+	$(BIN)/python -m pytest -m slow -rs
 
 check: lint types  ## lint, types and the rules of the house, in seconds
 	$(BIN)/python -m pytest -q tests/house

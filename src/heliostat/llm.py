@@ -14,29 +14,21 @@ import torch
 from heliostat.build import (
     Loaded,
     best_dtype,
-    config_of,
     load_modules,
     load_tokenizer,
     modules_of,
     read_family,
     verify_member,
 )
-from heliostat.engine.engine import (
-    MAX_TOKENS_PER_STEP,
-    PAGE_SIZE,
-    Engine,
-    Piece,
-    longest_that_fits,
-    pages_that_fit,
-)
+from heliostat.engine.engine import Engine, Piece
 from heliostat.engine.grammar import Grammars
-from heliostat.engine.ledger import MIB, Shape, available_memory, ledger_of
+from heliostat.engine.ledger import MIB, available_memory
+from heliostat.engine.plan import lay_out, plan_of
 from heliostat.engine.remembered import Remembered
 from heliostat.engine.request import FinishReason, Matcher, Request, Sampling
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.transformer import Transformer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 """A text, a conversation (messages), or exact token ids."""
@@ -95,22 +87,21 @@ class LLM:
                 verify_member(self.family, name)
         kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
         needed = modules_of(self.family, names)
-        shapes = [Shape(config_of(folder, self.family, name), kind) for name in needed]
-        layout = _lay_out(shapes, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
-        ledger = ledger_of(
+        plan = plan_of(
             folder,
             self.family,
             needed,
             dtype=kind,
-            pages=layout[1],
-            page_size=PAGE_SIZE,
+            max_length=max_length,
+            cache_mib=cache_mib,
             max_running=max_running,
-            max_tokens_per_step=MAX_TOKENS_PER_STEP,
         )
-        ledger.refuse_over(available_memory(device) if memory_mib is None else memory_mib * MIB)
+        plan.ledger.refuse_over(available_memory(device) if memory_mib is None else memory_mib * MIB)
         modules = load_modules(folder, self.family, needed, dtype=kind, device=device, joined=True)
         rows = {name: self.family.row(name) for name in names}
-        self._start(modules, rows, load_tokenizer(folder, self.family), layout, max_running)
+        self._start(
+            modules, rows, load_tokenizer(folder, self.family), (plan.max_length, plan.pages), max_running
+        )
 
     @classmethod
     def of(
@@ -127,7 +118,7 @@ class LLM:
         self = cls.__new__(cls)
         self.family = Family({}, {}, tokenizer.digest)
         models = [module.model for module in modules.values()]
-        layout = _lay_out(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
+        layout = lay_out(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
         self._start(modules, rows, tokenizer, layout, max_running)
         return self
 
@@ -254,18 +245,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise Refused(f"dtype {name!r}; allowed are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _lay_out(
-    models: Sequence[Transformer | Shape], *, max_length: int | None, cache_mib: int, max_running: int
-) -> tuple[int, int]:
-    """(most tokens of a request, pages) for modules of these shapes."""
-    widest = max(models, key=lambda m: m.dtype.itemsize)  # the pool has the widest format of all
-    if max_length is None:
-        longest = min(model.config.max_length for model in models)
-        max_length = min(longest, longest_that_fits(widest, cache_mib=cache_mib))
-    pages = pages_that_fit(widest, max_length=max_length, max_running=max_running, cache_mib=cache_mib)
-    return max_length, pages
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -17,6 +17,7 @@ POLICY = (
     "heliostat.engine.request",
     "heliostat.engine.page_table",
     "heliostat.engine.idle",
+    "heliostat.engine.prefixes",
     "heliostat.engine.scheduler",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})

@@ -7,9 +7,7 @@ import shutil
 import signal
 import ssl
 import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,10 @@ import httpx2
 import openai
 import pytest
 
+from tests.slow.process import served
+
 pytestmark = pytest.mark.slow
 
-MAIN = "from heliostat.cli import main; main()"
 KEY = "alice-0123456789abcdef"
 ASKED: Any = [{"role": "user", "content": "add 2 and 3"}]
 TEMPLATE = (
@@ -35,39 +34,6 @@ TOOL: Any = {
     },
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"enum": ["red", "blue"]}}}
-
-
-@contextmanager
-def served(family: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """(address, process) of a server on a free port; it must end well on SIGTERM."""
-    command = [
-        sys.executable,
-        "-c",
-        MAIN,
-        "serve",
-        str(family),
-        "--port",
-        "0",
-        "--dtype",
-        "float32",
-    ]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    try:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("{") and json.loads(line)["event"] == "listening":
-                yield json.loads(line)["address"], process
-                break
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        said += process.stderr.readlines()
-        assert process.wait(60) == 0, "".join(said)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,21 @@ class Pass:
     """(row, request): the row's logits choose the request's next token."""
 
 
+@dataclass(slots=True)
+class Ran:
+    """What has run so far, by module: rows, and passes in which the module had any."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    passes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, each: Pass) -> None:
+        """A pass has run."""
+        for segment in each.segments:
+            module = segment.adapter or each.weights
+            self.rows[module] += segment.stop - segment.start
+            self.passes[module] += 1
+
+
 @dataclass(frozen=True, slots=True)
 class _Span:
     """Positions [start, chunk.stop) of a chunk through one adapter: its share of a pass."""

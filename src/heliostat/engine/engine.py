@@ -13,6 +13,7 @@ from heliostat.engine.fitting import refuse_misfits
 from heliostat.engine.ledger import Shape
 from heliostat.engine.page_table import PageTable
 from heliostat.engine.paged import PagePool
+from heliostat.engine.prefixes import Prefixes
 from heliostat.engine.request import FinishReason, Request
 from heliostat.engine.runner import Runner
 from heliostat.engine.sampler import Draw, Sampled, sample
@@ -64,6 +65,7 @@ class Engine:
         self._config = next(iter(modules.values())).model.config
         self.load(modules)
         self.table = PageTable(pages, page_size=page_size)
+        self.prefixes = Prefixes(page_size=page_size)
         self.scheduler = Scheduler(
             self.table,
             max_length=max_length,
@@ -140,6 +142,7 @@ class Engine:
         if strange := [token for token in request.sampling.logit_bias if not 0 <= token < size]:
             raise Refused(f"logit_bias names token ids outside [0, {size}): {strange}")
         self.scheduler.add(request)
+        self.prefixes.meet(request)
         self._spoken[request.id] = Spoken.begin(self.tokenizer, request.sampling.stop)
 
     def abort(self, request_id: str) -> bool:

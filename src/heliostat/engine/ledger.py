@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,11 @@ from heliostat.model.weights import read_shapes, weight_files
 MIB = 2**20
 _SAMPLING = 44
 """Bytes for each logit: float32 as it comes, and what the sampler makes of it in float64, ordered, summed, cut."""
+
+REMEDY = (
+    "Lower cache_mib, max_running or max_length, take fewer members, --dtype bfloat16, or allow more memory_mib "
+    "if the machine has it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,10 @@ class Ledger:
         wide = max(len(what) for what, _ in rows)
         return "\n".join(f"  {what:<{wide}}  {size / MIB:>10.1f} MiB" for what, size in rows)
 
-    def refuse_over(self, limit: int) -> None:
+    def refuse_over(self, limit: int, *, remedy: str = REMEDY) -> None:
         """Raise Refused, with all numbers, where the sum is more than ``limit`` bytes."""
         if self.total > limit:
-            raise Refused(
-                f"this does not fit into memory:\n{self.table(limit)}\nLower cache_mib, max_running or max_length, take "
-                "fewer members, --dtype bfloat16, or allow more memory_mib if the machine has it"
-            )
+            raise Refused(f"this does not fit into memory:\n{self.table(limit)}\n{remedy}")
 
 
 def ledger_of(
@@ -79,7 +81,7 @@ def ledger_of(
     workspace = _workspace(config, dtype, rows=max_running, tokens=max_tokens_per_step)
     return Ledger(
         (
-            *_weights(folder, family, modules, dtype),
+            *weights_of(folder, family, modules, dtype=dtype).lines,
             (f"{pages} pages of keys and values", pages * each),
             # One layer's pages as attention may gather them.
             ("workspace, about", workspace + pages * each // config.layers),
@@ -87,22 +89,32 @@ def ledger_of(
     )
 
 
-def _weights(
-    folder: Path, family: Family, modules: Iterable[str], dtype: torch.dtype
-) -> Iterator[tuple[str, int]]:
+def weights_of(
+    folder: Path, family: Family, modules: Iterable[str], *, dtype: torch.dtype, there: Collection[str] = ()
+) -> Ledger:
+    """What the weights of modules take, exactly; those of modules that are ``there`` are in memory already."""
     found = [family.module(name) for name in modules]
-    for weights in dict.fromkeys(module.weights for module in found):
-        path, tied = module_folder(folder, family.module(weights)), config_of(folder, family, weights).tied
-        shapes = {
-            name: shape
-            for name, shape in read_shapes(weight_files(path))
-            if not (name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"))
-        }
-        yield f"weights of {weights}", sum(map(math.prod, shapes.values())) * dtype.itemsize
-    for module in found:
-        if module.base is not None:
-            shapes = dict(read_shapes([adapter_file(module_folder(folder, module))]))
-            yield f"adapter {module.name}", sum(map(math.prod, shapes.values())) * dtype.itemsize
+    whole = dict.fromkeys(module.weights for module in found if module.weights not in there)
+    riding = [module for module in found if module.base is not None and module.name not in there]
+    lines = [(f"weights of {name}", _size(_shapes_of(folder, family, name), dtype)) for name in whole]
+    for module in riding:
+        shapes = read_shapes([adapter_file(module_folder(folder, module))])
+        lines.append((f"adapter {module.name}", _size(dict(shapes), dtype)))
+    return Ledger(tuple(lines))
+
+
+def _shapes_of(folder: Path, family: Family, weights: str) -> dict[str, Sequence[int]]:
+    """Shapes of the tensors that are loaded of a checkpoint, by name."""
+    path, tied = module_folder(folder, family.module(weights)), config_of(folder, family, weights).tied
+    return {
+        name: shape
+        for name, shape in read_shapes(weight_files(path))
+        if not (name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"))
+    }
+
+
+def _size(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
+    return sum(map(math.prod, shapes.values())) * dtype.itemsize
 
 
 def _workspace(config: ModelConfig, dtype: torch.dtype, *, rows: int, tokens: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from heliostat.engine.idle import Idle
@@ -43,6 +43,16 @@ class Counters:
     """(writer, member) -> tokens that this member took from pages first written for another member."""
     evictions: int = 0
     """Pages."""
+
+
+@dataclass(slots=True)
+class Written:
+    """Pages of one writer."""
+
+    held: int = 0
+    """Requests refer to them."""
+    idle: int = 0
+    """Kept for those who ask for the same again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,22 @@ class PageTable:
     def available(self, *, without: Collection[int] = ()) -> int:
         """Pages that allocate can give; idle ones among ``without`` are spoken for and do not count."""
         return len(self._free) + len(self._idle) - sum(page in self._idle for page in without)
+
+    def pages_by_writer(self, holders: Iterable[Request]) -> dict[str, Written]:
+        """Held and idle pages by the module that writes them, as it is called; ``holders`` are all that hold any.
+
+        A page of two writers counts for the first, a shared one for the one who wrote it first.
+        """
+        writers = {page: r.writer_of(n * self.page_size) for r in holders for n, page in enumerate(r.pages)}
+        writers |= {page: p.writer for page in writers if (p := self._published[page]) is not None}
+        found: dict[str, Written] = {}
+        for writer in writers.values():
+            found.setdefault(writer, Written()).held += 1
+        for page in self._idle:
+            published = self._published[page]
+            assert published is not None, f"idle page {page} has no key"
+            found.setdefault(published.writer, Written()).idle += 1
+        return found
 
     def key_of(self, request: Request, index: int) -> bytes | None:
         """Key of the request's page ``index``, all of whose tokens are known.

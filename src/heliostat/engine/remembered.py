@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
+
+Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 @dataclass(slots=True)
@@ -62,14 +65,23 @@ class Remembered:
                 self._tokens -= len(self._ids.popitem(last=False)[1])
 
     def prompt_ids(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, salt: str = ""
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        salt: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """``tokenizer.prompt_ids(messages)``, answers remembered under ``salt`` with their own ids: the same text."""
-        plain = tokenizer.render(messages)
+        """Ids of the conversation as the template writes it; answers remembered under ``salt`` stand with their own.
+
+        The text is always that of the plain ``tokenizer.render(messages, tools=tools)``.
+        """
+        render = partial(tokenizer.render, tools=tools)
+        plain = render(messages)
         ids = tokenizer.encode(plain)
         asked = _answers(messages)
         known = self._known(asked, salt)
-        places = _places(tokenizer, messages, plain, list(known)) if known else {}
+        places = _places(render, messages, plain, list(known)) if known else {}
         spliced = _spliced(tokenizer, plain, [(places[n], messages[n]["content"], known[n]) for n in places])
         if tokenizer.decode(spliced, skip_special=False) != tokenizer.decode(ids, skip_special=False):
             places, spliced = {}, ids
@@ -100,18 +112,18 @@ def _answers(messages: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _places(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], plain: str, numbers: Sequence[int]
+    render: Render, messages: Sequence[Mapping[str, Any]], plain: str, numbers: Sequence[int]
 ) -> dict[int, int]:
     """Where the contents of these messages begin in ``plain``, by number; those missing are not written as they are."""
-    found = _written(tokenizer, messages, plain, numbers)
+    found = _written(render, messages, plain, numbers)
     if found is not None:
         return found
-    alone = [_written(tokenizer, messages, plain, [number]) or {} for number in numbers]
+    alone = [_written(render, messages, plain, [number]) or {} for number in numbers]
     return {number: place for one in alone for number, place in one.items()}
 
 
 def _written(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], plain: str, numbers: Sequence[int]
+    render: Render, messages: Sequence[Mapping[str, Any]], plain: str, numbers: Sequence[int]
 ) -> dict[int, int] | None:
     """The same, or None unless every one stands in ``plain`` once and whole.
 
@@ -123,7 +135,7 @@ def _written(
     marks = {number: f"{mark}{number}X" for number in numbers}
     marked_turns = [{**m, "content": marks[n]} if n in marks else m for n, m in enumerate(messages)]
     try:
-        text = tokenizer.render(marked_turns)
+        text = render(marked_turns)
     except Refused:
         return None
     if any(text.count(one) != 1 for one in marks.values()):

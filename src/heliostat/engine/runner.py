@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from heliostat.build import Loaded
-from heliostat.engine.batch import Entry, Pass
+from heliostat.engine.batch import Entry, Pass, Ran
 from heliostat.engine.paged import Ask, Paged, PagePool
 from heliostat.engine.request import Request
 from heliostat.model.transformer import Transformer
@@ -33,6 +33,7 @@ class Runner:
             first.config, pages=pages, page_size=page_size, dtype=dtype, device=str(first.device)
         )
         self.device = first.device
+        self.ran = Ran()
 
     @torch.inference_mode()
     def run(self, passes: Sequence[Pass]) -> tuple[list[Request], Tensor]:
@@ -41,6 +42,7 @@ class Runner:
         logits: list[Tensor] = []
         for each in passes:
             hidden = self._forward(each)
+            self.ran.count(each)
             if each.sampled:
                 rows = [row for row, _ in each.sampled]
                 logits.append(self.models[each.weights].logits(hidden[rows]).float())

@@ -106,19 +106,27 @@ class Tokenizer:
         """Text of token ids; special tokens (end of answer and such) are left out unless asked for."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, generation: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generation: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The conversation as the chat template writes it; ``generation``: up to where an assistant begins.
 
-        Refused where there is no template, or where the template refuses the conversation or does not end.
+        Refused where there is no template or it has no place for ``tools``, refuses the conversation or does not end.
         """
         if not self.has_template:
             raise Refused(
                 "the tokenizer has no chat template, so it cannot read a conversation: give a bare prompt, "
                 "or put a chat_template.jinja beside tokenizer.json"
             )
+        if tools and "tools" not in str(self.fast.chat_template):
+            raise Refused("tools cannot be shown: the chat template of this family has no place for them")
         try:
             # transformers renders in jinja's sandbox: a template reaches neither attributes nor files.
-            return within(RENDER_SECONDS, lambda: self._rendered(messages, generation))
+            return within(RENDER_SECONDS, lambda: self._rendered(messages, generation, tools))
         except _Endless as error:
             raise Refused(
                 f"the chat template did not end within {RENDER_SECONDS:g} s: put another chat_template.jinja beside "
@@ -130,9 +138,10 @@ class Tokenizer:
                 f"the chat template refuses this conversation (roles: {roles or 'none'}): {error}"
             ) from error
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
+    def _rendered(self, messages: Any, generation: bool, tools: Sequence[Mapping[str, Any]]) -> str:
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation}
         turns = [dict(message) for message in messages]
-        return str(self.fast.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation))
+        return str(self.fast.apply_chat_template(turns, tools=list(tools) or None, **options))
 
     def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The exact ids that serving gives a model for a conversation that waits for an answer."""

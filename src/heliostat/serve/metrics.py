@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from heliostat.engine.engine import Piece
+from heliostat.engine.prefixes import Meetings
 from heliostat.engine.request import Request
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -46,6 +47,8 @@ class Snapshot:
     """Pages that a new request could have: free ones, and kept ones that nobody reads now."""
     held: Mapping[str, int] = field(default_factory=dict)
     """Writer -> pages that running requests hold."""
+    idle: Mapping[str, int] = field(default_factory=dict)
+    """Writer -> pages that nobody holds, kept for those who ask for the same again."""
     shared_hits: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """(writer, member) -> tokens that this member took from pages first written for another."""
     evictions: int = 0
@@ -54,6 +57,8 @@ class Snapshot:
     passes: Mapping[str, int] = field(default_factory=dict)
     recalls: Mapping[str, int] = field(default_factory=dict)
     """What came of answers that returned in conversations -> how many."""
+    prefixes: Mapping[tuple[str, str], Meetings] = field(default_factory=dict)
+    """(member, member) -> what their prompts had in common."""
 
     @property
     def usage(self) -> float:
@@ -153,6 +158,9 @@ class _Now(Collector):
         )
         yield GaugeMetricFamily(f"{OURS}pages", "Pages of the pool", now.pages)
         yield _gauge("held_pages", "Pages that requests hold, by who wrote them", "writer", now.held)
+        yield _gauge(
+            "idle_pages", "Pages kept for who asks for the same again, by writer", "writer", now.idle
+        )
         yield CounterMetricFamily(f"{OURS}evictions", "Kept pages that were given up", now.evictions)
         yield _counter("rows", "Rows run through a module", "module", now.rows)
         yield _counter("passes", "Passes in which a module had rows", "module", now.passes)
@@ -165,6 +173,7 @@ class _Now(Collector):
         for (writer, member), tokens in now.shared_hits.items():
             hits.add_metric([writer, member], tokens)
         yield hits
+        yield from _parting(now.prefixes)
 
 
 class _Aliases(Collector):
@@ -185,6 +194,25 @@ class _Aliases(Collector):
                 labels = {("model_name" if k == "member" else k): v for k, v in sample.labels.items()}
                 alias.add_sample(sample.name.replace(OURS, THEIRS, 1), labels, sample.value)
             yield alias
+
+
+def _parting(prefixes: Mapping[tuple[str, str], Meetings]) -> Iterator[Metric]:
+    """What the prompts of two members have in common, and why one finds no page of the other."""
+    pair = ["member", "other"]
+    common = CounterMetricFamily(
+        f"{OURS}prefix_common_tokens", "Tokens that prompts of two members began with alike", labels=pair
+    )
+    meetings = CounterMetricFamily(
+        f"{OURS}prefix_meetings",
+        "Prompts that were laid beside those of another member",
+        labels=[*pair, "outcome"],
+    )
+    for (member, other), met in sorted(prefixes.items()):
+        common.add_metric([member, other], met.common)
+        for outcome, count in sorted(met.outcomes.items()):
+            meetings.add_metric([member, other, outcome], count)
+    yield common
+    yield meetings
 
 
 def _gauge(name: str, about: str, label: str, values: Mapping[str, int]) -> Metric:

@@ -11,8 +11,8 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from heliostat.engine.engine import Engine, Piece
@@ -20,7 +20,6 @@ from heliostat.engine.request import Request, State
 from heliostat.errors import Refused
 from heliostat.serve.metrics import Metrics, Snapshot
 from heliostat.serve.roster import family_name
-from heliostat.serve.rows import Rows
 from heliostat.serve.trouble import Trouble
 
 T = TypeVar("T")
@@ -62,7 +61,6 @@ class Owner:
         self.deadline = deadline
         self.failure = ""
         """Why nothing can be answered any more; empty while all is well."""
-        self.rows = Rows.of(engine)
         self._open: dict[str, Asked] = {}  # on the loop
         self._mine: dict[str, Request] = {}  # on the thread
         self._commands: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
@@ -250,24 +248,37 @@ def _settle(answer: asyncio.Future[T], result: T | None, error: Exception | None
         answer.set_result(result)  # type: ignore[arg-type]
 
 
-def snapshot(engine: Engine, *, rows: Rows) -> Snapshot:
-    """What the engine is doing, on its thread."""
-    table, scheduler = engine.table, engine.scheduler
-    writers: dict[int, str] = {}
-    for request in scheduler.running:
-        for place, page in enumerate(request.pages):
-            writers[page] = family_name(request.writer_of(place * table.page_size))
-    hits: Counter[tuple[str, str]] = Counter()
-    for (writer, member), tokens in table.counters.shared_hits.items():
-        hits[family_name(writer), member] += tokens
+def snapshot(engine: Engine) -> Snapshot:
+    """What the engine is doing, on its thread, by the names that people know."""
+    table, scheduler, ran = engine.table, engine.scheduler, engine.runner.ran
+    written = table.pages_by_writer(scheduler.running)
     return Snapshot(
         running=Counter(request.member for request in scheduler.running),
         waiting=Counter(request.member for request in scheduler.waiting),
         pages=table.pages,
         available=table.available(),
-        held=Counter(writers.values()),
-        shared_hits=hits,
+        held=_by_family({writer: pages.held for writer, pages in written.items()}),
+        idle=_by_family({writer: pages.idle for writer, pages in written.items()}),
+        shared_hits=_hits(table.counters.shared_hits),
         evictions=table.counters.evictions,
-        rows=dict(rows.rows),
-        passes=dict(rows.passes),
+        rows=_by_family(ran.rows),
+        passes=_by_family(ran.passes),
+        prefixes={
+            pair: replace(met, outcomes=met.outcomes.copy()) for pair, met in engine.prefixes.pairs.items()
+        },
     )
+
+
+def _by_family(counts: Mapping[str, int]) -> Counter[str]:
+    """Counts by engine's modules -> by the family's, of which several versions may be loaded."""
+    found: Counter[str] = Counter()
+    for module, count in counts.items():
+        found[family_name(module)] += count
+    return found
+
+
+def _hits(counts: Mapping[tuple[str, str], int]) -> Counter[tuple[str, str]]:
+    found: Counter[tuple[str, str]] = Counter()
+    for (writer, member), tokens in counts.items():
+        found[family_name(writer), member] += tokens
+    return found

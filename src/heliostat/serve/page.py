@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -9,16 +11,25 @@ from typing import Any
 from jinja2 import Environment, Template
 from starlette.responses import HTMLResponse, Response
 
+from heliostat.engine.prefixes import Meetings, Outcome
 from heliostat.serve.keys import Tenant
+from heliostat.serve.metrics import Snapshot
 from heliostat.serve.roster import family_name
 from heliostat.serve.service import Service
 
 # Nothing comes from elsewhere, and nobody else may show the page inside theirs.
 SAFE = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+}
+
+WHY: Mapping[Outcome, str] = {
+    "shared": "one reads the other's pages",
+    "writer": "different modules write their prompts: nothing can be shared",
+    "short": "prompts shorter than a page of {page_size} tokens",
+    "early": "they part before a page of {page_size} tokens: put what they have in common first",
 }
 
 
@@ -26,6 +37,32 @@ SAFE = {
 def _template() -> Template:
     text = (files("heliostat") / "assets" / "page.html.jinja").read_text(encoding="utf-8")
     return Environment(autoescape=True).from_string(text)
+
+
+def _written(service: Service, tenant: Tenant, now: Snapshot) -> list[tuple[str, int, int]]:
+    """(writer, pages held, pages kept); modules that no member of this tenant needs go without a name."""
+    seats = service.roster.seats.items()
+    versions = [version for member, seat in seats if tenant.may(member) for version in seat.versions]
+    known = {family_name(module) for version in versions for module in version.row.modules}
+    held, kept = Counter[str](), Counter[str]()
+    for counts, found in ((now.held, held), (now.idle, kept)):
+        for writer, count in counts.items():
+            found[writer if writer in known else "others"] += count
+    return [(writer, held[writer], kept[writer]) for writer in sorted(held.keys() | kept.keys())]
+
+
+def _parting(pair: tuple[str, str], met: Meetings, *, page_size: int) -> dict[str, Any]:
+    """How much the prompts of two members have in common, and what mostly came of it."""
+    ((outcome, _),) = met.outcomes.most_common(1)
+    return {
+        "pair": pair,
+        "count": met.count,
+        "common": met.common / met.count,
+        "tokens": met.tokens / met.count,
+        "shared": met.shared / met.count,
+        "outcome": outcome,
+        "why": WHY[outcome].format(page_size=page_size),
+    }
 
 
 async def front(service: Service, tenant: Tenant | None) -> Response:
@@ -66,9 +103,15 @@ async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
     return {
         "members": members,
         "hits": hits,
-        "held": sorted(now.held.items()),
+        "written": _written(service, tenant, now),
+        "prefixes": [
+            _parting(pair, met, page_size=service.owner.engine.table.page_size)
+            for pair, met in sorted(now.prefixes.items())
+            if all(map(tenant.may, pair))
+        ],
         "pages": now.pages,
         "used": now.pages - now.available,
+        "kept": sum(now.idle.values()),
         "unfinished": service.owner.unfinished,
         "most": service.owner.most,
         "state": "failed" if service.owner.failure else "draining" if service.draining else "ready",

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from heliostat.build import best_dtype, config_of, device_named, load_tokenizer, modules_of, read_family
-from heliostat.engine.engine import MAX_TOKENS_PER_STEP, PAGE_SIZE, longest_that_fits, pages_that_fit
-from heliostat.engine.ledger import Shape, available_memory, ledger_of
+from heliostat.build import best_dtype, device_named, load_tokenizer, modules_of, read_family
+from heliostat.engine.ledger import available_memory
+from heliostat.engine.plan import plan_of
 from heliostat.errors import Refused
-from heliostat.family import BASE, Family
+from heliostat.family import BASE
 from heliostat.llm import LLM, parse_dtype
 from heliostat.serve.app import build
 from heliostat.serve.gate import host_names, is_loopback
@@ -82,7 +81,16 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
     device = device_named(settings.device)
     dtype = best_dtype(device) if settings.dtype == "auto" else parse_dtype(settings.dtype)
     names = list(dict.fromkeys(settings.members or [*family.members, BASE]))
-    refuse_too_large(settings, family, modules_of(family, names), dtype, device)
+    plan = plan_of(
+        settings.family,
+        family,
+        modules_of(family, names),
+        dtype=dtype,
+        max_length=settings.max_length,
+        cache_mib=settings.cache_mib,
+        max_running=settings.max_running,
+    )
+    plan.ledger.refuse_over(available_memory(device))
     shelf = Shelf(settings.family, dtype, device, tokenizer.digest)
     rows = {}
     for name in names:
@@ -93,7 +101,7 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
         shelf.held,
         rows,
         tokenizer,
-        max_length=settings.max_length,
+        max_length=plan.max_length,
         cache_mib=settings.cache_mib,
         max_running=settings.max_running,
     )
@@ -112,32 +120,6 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
         Limits(body=settings.max_body_mib * 2**20),
         log or Log(),
     )
-
-
-def refuse_too_large(
-    settings: Settings, family: Family, modules: Sequence[str], dtype: torch.dtype, device: str
-) -> None:
-    """Before anything is loaded, refuse what does not fit into memory, with the numbers."""
-    shapes = [Shape(config_of(settings.family, family, name), dtype) for name in modules]
-    longest = min(shape.config.max_length for shape in shapes)
-    fitting = min(longest, longest_that_fits(shapes[0], cache_mib=settings.cache_mib))
-    pages = pages_that_fit(
-        shapes[0],
-        max_length=settings.max_length or fitting,
-        max_running=settings.max_running,
-        cache_mib=settings.cache_mib,
-    )
-    ledger = ledger_of(
-        settings.family,
-        family,
-        modules,
-        dtype=dtype,
-        pages=pages,
-        page_size=PAGE_SIZE,
-        max_running=settings.max_running,
-        max_tokens_per_step=MAX_TOKENS_PER_STEP,
-    )
-    ledger.refuse_over(available_memory(device))
 
 
 def serve(settings: Settings, *, version: str) -> None:

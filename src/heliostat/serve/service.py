@@ -27,7 +27,7 @@ from heliostat.serve.owner import Asked, Owner, snapshot
 from heliostat.serve.roster import Roster, Unknown, Version
 from heliostat.serve.shelf import Arrival, Shelf
 from heliostat.serve.speaking import ChatShape, Shape, TextShape, Voice
-from heliostat.serve.tools import Caller, chosen, forced_schema, showing
+from heliostat.serve.tools import Caller, chosen, forced_schema
 from heliostat.serve.trouble import Trouble
 
 LOOK_SECONDS = 2.0
@@ -83,7 +83,7 @@ class Service:
     began: int = field(default_factory=lambda: int(time.time()))
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     remembered: Remembered = field(default_factory=Remembered)
-    _memory: threading.Lock = field(default_factory=threading.Lock)
+    _building: threading.Lock = field(default_factory=threading.Lock)
     _grammars: Grammars | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -113,7 +113,7 @@ class Service:
         metrics = self.owner.metrics
         with suppress(TimeoutError):
             async with asyncio.timeout(LOOK_SECONDS):
-                now = await self.owner.call(partial(snapshot, rows=self.owner.rows))
+                now = await self.owner.call(snapshot)
                 metrics.snapshot = replace(now, recalls=asdict(self.remembered.recalls))
         return metrics.snapshot
 
@@ -148,9 +148,7 @@ class Service:
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], salt: str
     ) -> Sequence[int]:
         """Ids of a conversation; answers of ours in it stand as they were said, so that their pages are found."""
-        tokenizer = showing(self.tokenizer, tools)
-        with self._memory:
-            return self.remembered.prompt_ids(tokenizer, turns(messages), salt=salt)
+        return self.remembered.prompt_ids(self.tokenizer, turns(messages), salt=salt, tools=tools)
 
     async def remember(self, job: Job) -> None:
         """Keep the ids of an answer that has ended, for when it comes back as text."""
@@ -159,15 +157,14 @@ class Service:
     def _remember(self, job: Job) -> None:
         for request, voice in zip(job.asked.requests, job.voices, strict=True):
             if voice.text and not voice.caller.calls:
-                with self._memory:
-                    self.remembered.remember(self.tokenizer, voice.text, request.answer, salt=request.salt)
+                self.remembered.remember(self.tokenizer, voice.text, request.answer, salt=request.salt)
 
     def _hold(self, requests: Sequence[Request], schema: Mapping[str, Any] | None, param: str) -> None:
         """Have the answers follow a schema."""
         if schema is None:
             return
         try:
-            with self._memory:
+            with self._building:
                 self._grammars = self._grammars or Grammars(self.tokenizer)
             for request in requests:
                 request.matcher = self._grammars.matcher(schema)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from heliostat.build import Loaded, module_folder, read_family, verify_member, verify_module
+from heliostat.engine.ledger import available_memory, weights_of
 from heliostat.errors import Refused
 from heliostat.family import Family, Module, Row
 from heliostat.linear.adapter import load_adapter
@@ -17,6 +18,8 @@ from heliostat.model.config import read_config
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import load_transformer
 from heliostat.serve.roster import module_name
+
+REMEDY = "Unload a member that is not needed first, or start the server with a smaller --cache-mib"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Shelf:
             family = read_family(self.folder)
             self._check(family, name)
             row = family.row(name)
+            self._refuse_too_large(family, row.modules)
             names = {module: _named(family, module) for module in row.modules}
             weights = {names[module]: _named(family, family.module(module).weights) for module in names}
             models = {
@@ -74,6 +78,13 @@ class Shelf:
             verify_member(family, name)
         for module in family.row(name).modules:
             verify_module(self.folder, family, module)
+
+    def _refuse_too_large(self, family: Family, modules: Collection[str]) -> None:
+        """Pages and workspace are there already: what comes on top is weights."""
+        held = self.held.keys() | self.models.keys()
+        there = {name for name in family.modules if _named(family, name) in held}
+        arriving = weights_of(self.folder, family, modules, dtype=self.dtype, there=there)
+        arriving.refuse_over(available_memory(self.device), remedy=REMEDY)
 
     def _model(self, family: Family, weights: str) -> Transformer:
         path = module_folder(self.folder, family.module(weights))

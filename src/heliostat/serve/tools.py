@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.trouble import Trouble, unsupported
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -94,31 +93,6 @@ def _call(text: str) -> Call | None:
     arguments = said.get("arguments", said.get("parameters", {}))
     told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return Call(f"call_{secrets.token_hex(8)}", said["name"], told)
-
-
-@dataclass(frozen=True, slots=True)
-class _Showing:
-    """What renders conversations, with tools to show."""
-
-    fast: Any
-    tools: Sequence[Mapping[str, Any]]
-
-    @property
-    def chat_template(self) -> Any:
-        return self.fast.chat_template
-
-    def apply_chat_template(self, turns: Any, **options: Any) -> Any:
-        """As the tokenizer does it, with the tools."""
-        return self.fast.apply_chat_template(turns, tools=list(self.tools), **options)
-
-
-def showing(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> Tokenizer:
-    """The tokenizer that shows these tools in every conversation; 400 where its template has no place for them."""
-    if not tools:
-        return tokenizer
-    if "tools" not in json.dumps(tokenizer.fast.chat_template or ""):
-        raise unsupported("tools", "the chat template of this family has no place for them")
-    return replace(tokenizer, fast=_Showing(tokenizer.fast, tools))
 
 
 def forced_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

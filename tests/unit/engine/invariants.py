@@ -18,12 +18,23 @@ def check_pages(scheduler: Scheduler, requests: Sequence[Request]) -> None:
     found = {published.key: page for page, published in enumerate(table._published) if published is not None}
     assert table._by_key == found
     assert table.available() == len(unheld)
+    _check_writers(scheduler, set(held))
     _check_order(scheduler, keyed)
     for queue in (scheduler.waiting, scheduler.running):
         assert [r.arrival for r in queue] == sorted(r.arrival for r in queue)
     assert all(r.state is State.RUNNING for r in scheduler.running)
     for r in requests:
         assert r.computed <= r.length and (r.state is State.RUNNING or not r.pages)
+
+
+def _check_writers(scheduler: Scheduler, held: set[int]) -> None:
+    """Every page that is not free has one writer: that of a holder, or one of equal weights under another name."""
+    table = scheduler.table
+    written = table.pages_by_writer(scheduler.running)
+    assert sum(pages.held for pages in written.values()) == len(held)
+    assert sum(pages.idle for pages in written.values()) == table.pages - len(held) - len(table._free)
+    known = {module for r in scheduler.running for module in r.row.modules}
+    assert set(written) <= known | {p.writer for p in table._published if p is not None}
 
 
 def _check_order(scheduler: Scheduler, keyed: set[int]) -> None:

@@ -1,6 +1,6 @@
 """Passes: what shares one, what comes first, which rows write, see and speak."""
 
-from heliostat.engine.batch import Entry, Segment, passes_of
+from heliostat.engine.batch import Entry, Ran, Segment, passes_of
 from heliostat.engine.request import Request
 from heliostat.engine.scheduler import Chunk, Step
 from heliostat.family import SHARINGS, Row
@@ -125,3 +125,15 @@ def test_weights_that_speak_for_each_other_run_once_more():
         ("full2", 1, [(0, "a")]),
         ("full", 0, [(0, "b")]),
     ]
+
+
+def test_rows_and_passes_are_counted_by_module():
+    ran = Ran()
+    for _ in range(2):
+        for made in passes(
+            chunk("a", row("icarus", "math"), 6, 7),
+            chunk("b", row("prefillshare", "full"), 1, 5, speaks=False),
+        ):
+            ran.count(made)
+    assert ran.rows == {"base": 2 * (1 + 4), "math": 2}
+    assert ran.passes == {"base": 2, "math": 2}

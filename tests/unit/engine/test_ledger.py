@@ -10,7 +10,7 @@ import torch
 import heliostat.llm
 from heliostat.build import load_modules, modules_of, read_family
 from heliostat.engine import ledger as made
-from heliostat.engine.ledger import MIB, Ledger, available_memory, ledger_of
+from heliostat.engine.ledger import MIB, Ledger, available_memory, ledger_of, weights_of
 from heliostat.engine.paged import PagePool
 from heliostat.errors import Refused
 from heliostat.llm import LLM
@@ -103,3 +103,13 @@ def test_a_head_that_is_tied_is_counted_once(tiny_family: Path) -> None:
     assert config["tie_word_embeddings"]
     size = dict(ledger(tiny_family, ["base"]).lines)["weights of base"]
     assert size == read_family(tiny_family).module("base").parameters * 4
+
+
+def test_what_is_there_already_takes_nothing_more(tiny_family: Path) -> None:
+    family = read_family(tiny_family)
+    needed = modules_of(family, ["plan", "math"])
+    both = weights_of(tiny_family, family, needed, dtype=torch.float32)
+    assert len(both.lines) == 3
+    rest = weights_of(tiny_family, family, needed, dtype=torch.float32, there={"base", "plan.own"})
+    assert [what for what, _ in rest.lines] == ["weights of math.own"] and rest.total < both.total
+    assert not weights_of(tiny_family, family, needed, dtype=torch.float32, there=set(needed)).lines

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.engine.page_table import PageTable, page_key
+from heliostat.engine.page_table import PageTable, Written, page_key
 from heliostat.engine.request import Request
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS
@@ -251,3 +251,14 @@ def test_what_a_page_goes_on_from_is_found_no_less_often_even_where_its_finder_h
     table.release(first.pages)
     table.allocate(table.available() - 1)
     assert matched(table, request(range(9))) == 4, "the second page went first"
+
+
+def test_pages_by_writer_are_held_or_idle_and_a_page_of_two_writers_is_the_firsts():
+    table = PageTable(20, page_size=S)
+    gone = computed(table, request(range(9), "icarus", member="a"))
+    held = computed(table, request(range(50, 60), "prefillshare", member="b", prompt=6))
+    table.release(gone.pages)
+    # Of 9 tokens two pages are full, and stay; of 6 + 4 the boundary lies in the second of three.
+    assert table.pages_by_writer([held]) == {"base": Written(held=2, idle=2), "b.own": Written(held=1)}
+    table.release(held.pages)
+    assert table.pages_by_writer([]) == {"base": Written(idle=3)}

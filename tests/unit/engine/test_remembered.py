@@ -1,7 +1,9 @@
 """Answers that return as text: put in with the ids that were said, and never another text than the plain one."""
 
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,48 @@ def test_the_longest_unused_is_forgotten(tokenizers: Mapping[str, Tokenizer]) ->
     memory.remember(tokenizer, "h" * 13, spelled(tokenizer, "h" * 13))
     memory.prompt_ids(tokenizer, talk("a", "hello", "b", "world", "c", "today"))
     assert memory.recalls.spliced == 2 and memory.tokens == 10
+
+
+def test_many_threads_may_remember_and_ask(tokenizers: Mapping[str, Tokenizer], monkeypatch: Any) -> None:
+    tokenizer, memory, words = tokenizers["growing"], Remembered(limit=12), ["hello", "world", "today"]
+    said = {word: spelled(tokenizer, word) for word in words}
+    monkeypatch.setattr(Tokenizer, "render", staticmethod(_rendered_at_once))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(60):
+            word = chance.choice(words)
+            memory.remember(tokenizer, word, said[word])
+            turns = talk("a", *(chance.choice(words) for _ in range(5)))
+            ids = memory.prompt_ids(tokenizer, turns)
+            plain = tokenizer.encode(_rendered_at_once(turns))
+            assert tokenizer.decode(ids, skip_special=False) == tokenizer.decode(plain, skip_special=False)
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(before)
+    assert memory.tokens == sum(map(len, memory._ids.values())) <= 12
+    assert memory.recalls.looked_up == 8 * 60 * 3 and memory.recalls.spliced > 0
+
+
+def _rendered_at_once(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """A template without a thread of its own for each call."""
+    return "".join(f"<|start|>{m['role']}\n{m['content']}<|end|>\n" for m in messages)
+
+
+def test_tools_that_a_template_shows_stand_in_the_prompt(tokenizer_folder: Callable[..., Path]) -> None:
+    template = "{% for t in tools or [] %}{{ t.name }} {% endfor %}" + TEMPLATES["growing"]
+    tokenizer, memory = Tokenizer.load(tokenizer_folder(template=template)), Remembered()
+    memory.remember(tokenizer, "world", spelled(tokenizer, "world"))
+    turns = talk("hello", "world", "you")
+    plain, shown = (memory.prompt_ids(tokenizer, turns, tools=tools) for tools in ([], [{"name": "add"}]))
+    text = tokenizer.decode(shown, skip_special=False)
+    assert text == "add " + tokenizer.decode(plain, skip_special=False)
+    assert memory.recalls.spliced == 2, "the answer is found with tools, too"
 
 
 WORDS = st.sampled_from(

@@ -48,6 +48,14 @@ def test_what_is_counted(serving: Serving) -> None:
             assert value(now, "heliostat_rows_total", module="base") > usage["prompt_tokens"]
             assert value(now, "heliostat_rows_total", module="plan.own") == 8  # it only speaks
             assert value(now, "heliostat_passes_total", module="plan.own") == 8
+            assert value(now, "heliostat_idle_pages", writer="base") == (usage["prompt_tokens"] + 7) // 16
+            pair = {"member": "code", "other": "plan"}
+            assert value(now, "heliostat_prefix_common_tokens_total", **pair) == usage["prompt_tokens"]
+            assert value(now, "heliostat_prefix_meetings_total", **pair, outcome="shared") == 1
+            await served.chat(LONG, model="solo")
+            now = await scraped(served)
+            other = {"member": "code", "other": "solo"}
+            assert value(now, "heliostat_prefix_meetings_total", **other, outcome="writer") == 1
 
     run(work())
 
@@ -116,7 +124,7 @@ def test_every_metric_of_the_dashboard_exists(serving: Serving) -> None:
             told = set(re.findall(r"^(?:# TYPE )?(heliostat_\w+)", text, flags=re.MULTILINE))
             assert len(names) > 12 and names - told == set()
             assert {name for label in labels for name in label.split(", ")} <= {
-                *("le", "member", "writer", "module", "status", "finished_reason")
+                *("le", "member", "other", "outcome", "writer", "module", "status", "finished_reason")
             }
             pace.left = 10**6
             await task

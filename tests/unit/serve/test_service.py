@@ -1,6 +1,7 @@
 """Members come, go and change while the server runs; requests in flight end on what they began with."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from heliostat.export import remove_member
 from heliostat.llm import LLM
+from heliostat.model.tokenizer import Tokenizer
 from tests.unit.serve.conftest import Pace, Served, Serving, run, until
 
 Tune = Callable[..., Any]
@@ -160,5 +162,41 @@ def test_the_same_version_again_is_no_new_one(serving: Serving) -> None:
             before = loaded(served)
             assert (await served.post("/admin/members/math/roll"))["version"] == "math@v1"
             assert loaded(served) == before
+
+    run(work())
+
+
+def test_what_does_not_fit_beside_the_others_is_not_loaded(
+    serving: Serving, tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with serving(family=tiny_family, members=["base", "math"]) as served:
+            before = loaded(served)
+            monkeypatch.setattr("heliostat.serve.shelf.available_memory", lambda device: 20_000)
+            error = (await served.post("/admin/members/code/load", 400))["error"]["message"]
+            assert "weights of code.own" in error and "weights of base" not in error, "the base is there"
+            assert "Unload a member" in error and str(tiny_family) not in error
+            assert loaded(served) == before
+            await served.post("/admin/members/plan/load")  # a small adapter still fits
+            await served.chat(model="plan")
+
+    run(work())
+
+
+def test_conversations_are_written_side_by_side(
+    serving: Serving, tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(2, timeout=20)
+    render = Tokenizer.render
+
+    def both(self: Tokenizer, *args: Any, **options: Any) -> str:
+        together.wait()  # breaks where only one may render at a time
+        return render(self, *args, **options)
+
+    async def work() -> None:
+        async with serving(family=tiny_family, members=["base"]) as served:
+            monkeypatch.setattr(Tokenizer, "render", both)
+            replies = await asyncio.gather(*(served.chat(f"add {n}") for n in range(2)))
+            assert all(reply["choices"] for reply in replies)
 
     run(work())

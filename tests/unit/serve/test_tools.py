@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.serve.tools import Caller, showing, turn
+from heliostat.serve.tools import Caller, turn
 from heliostat.serve.trouble import Trouble
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
@@ -64,15 +65,15 @@ def templated(tokenizer_folder: Callable[..., Path]) -> Tokenizer:
 
 def test_a_template_shows_tools_and_calls(templated: Tokenizer) -> None:
     said = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 7}'}}]}
-    rendered = showing(templated, [TOOL]).render([turn(said, 0)])
+    rendered = templated.render([turn(said, 0)], tools=[TOOL])
     assert rendered.startswith("tools: add ") and "7<|end|>" in rendered
-    assert showing(templated, []) is templated
+    assert not templated.render([turn(said, 0)]).startswith("tools")
 
 
 def test_a_template_without_a_place_for_tools_is_refused(tokenizer_folder: Callable[..., Path]) -> None:
-    with pytest.raises(Trouble, match="no place") as found:
-        showing(Tokenizer.load(tokenizer_folder(template="growing")), [TOOL])
-    assert found.value.param == "tools" and found.value.status == 400
+    tokenizer = Tokenizer.load(tokenizer_folder(template="growing"))
+    with pytest.raises(Refused, match="^tools cannot be shown: .* no place for them"):
+        tokenizer.render([{"role": "user", "content": "hello"}], tools=[TOOL])
 
 
 def test_contents_are_texts() -> None:
