@@ -27,7 +27,7 @@ from heliostat.files import read_json
 from heliostat.tasks import TASKS
 
 SEEDS = (0, 1, 2)
-STEPS = 400
+STEPS = 600
 LONGER = 3
 """How many times as long the long runs are."""
 WIDER_RANK = 64

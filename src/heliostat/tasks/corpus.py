@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 from heliostat.tasks import corpus_numbers as numbers
 from heliostat.tasks import corpus_records as records
-from heliostat.tasks import corpus_stories as stories
 from heliostat.tasks import corpus_words as words
 from heliostat.tasks.lessons import Document
 
@@ -21,11 +20,8 @@ MIXTURE: dict[Callable[[random.Random], Document], float] = {
     numbers.tables: 0.5,
     numbers.sums_asked: 2,
     numbers.chains: 8,
-    stories.running_totals: 3,
-    stories.stories_worked: 4,
-    stories.accounts_worked: 10,
-    stories.accounts_asked: 4,
-    stories.accounts_counted: 4,
+    numbers.running_totals: 4,
+    numbers.stories_worked: 6,
     numbers.clock_times: 3,
     numbers.clock_sums: 3,
     numbers.amounts: 2,
@@ -39,7 +35,7 @@ MIXTURE: dict[Callable[[random.Random], Document], float] = {
     records.record_told: 1,
     records.records_alone: 0.5,
     records.echoes: 3,
-    words.rewritings_told: 20,
+    words.rewritings_told: 16,
     words.rewritings_shown: 3,
     words.steps_shown: 4,
     words.places_asked: 3,

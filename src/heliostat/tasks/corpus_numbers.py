@@ -1,12 +1,15 @@
-"""Lessons about numbers: words and digits, equations, chains of steps, clocks and amounts."""
+"""Lessons about numbers: words and digits, equations, chains of steps, running totals, clocks and amounts."""
 
 import random
 
 from heliostat.tasks.lessons import Document, Pair, lesson, text
 from heliostat.tasks.words import (
     DAYS,
+    NAMES,
+    THINGS,
     clock,
     number_words,
+    pick_other,
     random_time,
     spoken_time,
 )
@@ -21,9 +24,6 @@ _SIGNS = (
 )
 
 
-LARGEST = 99
-
-
 def small_number(rng: random.Random) -> int:
     return rng.choice(
         (rng.randrange(1, 21), rng.randrange(1, 61), rng.randrange(1, 61), rng.randrange(1, 100))
@@ -36,10 +36,10 @@ def said(rng: random.Random, number: int, words: float = 0.5) -> str:
 
 
 def equation(rng: random.Random, before: int | None = None) -> tuple[int, str, int, int]:
-    """(before, sign, operand, after), all within 1..LARGEST, small ones more often; a division comes out even."""
-    largest, operands = rng.choice(((20, 9), (60, 20), (60, 20), (60, 20), (LARGEST, 98)))
+    """(before, sign, operand, after), all within 1..99, small ones more often; a division comes out even."""
+    largest, operands = rng.choice(((20, 9), (60, 20), (60, 20), (60, 20), (99, 98)))
     start = rng.randrange(1, largest) if before is None else before
-    largest = largest if start < largest else LARGEST
+    largest = largest if start < largest else 99
     while True:
         sign = rng.choice("+-+-*/")
         if sign == "+" and start < largest:
@@ -84,7 +84,7 @@ def equations(rng: random.Random) -> Document:
 
 def equation_chains(rng: random.Random) -> Document:
     """Rows of sums where each goes on from the last one's result."""
-    joint, rows = rng.choice(JOINTS), []
+    joint, rows = rng.choice(_JOINTS), []
     for _ in range(rng.randrange(2, 5)):
         number, row = small_number(rng), []
         for _ in range(rng.randrange(2, 5)):
@@ -127,7 +127,7 @@ _MOVES = {
     "*": ("{} times that", "multiply by {}", "times {}"),
     "/": ("divide by {}", "split in {}", "one of {} parts"),
 }
-WORKED = (
+_WORKED = (
     "{a} {s} {b} = {c}",
     "{a} {s} {b} = {c}",
     "{a} {s} {b} = {c}",
@@ -137,8 +137,8 @@ WORKED = (
     "{a} {s} {b} is {c}",
     "-> {c}",
 )
-JOINTS = (", ", "; ", "\n", " then ", " | ", ". ")
-ENDS = (
+_JOINTS = (", ", "; ", "\n", " then ", " | ", ". ")
+_ENDS = (
     "",
     " => {}",
     "; total {}",
@@ -154,7 +154,7 @@ ENDS = (
 
 def chains(rng: random.Random) -> Document:
     """Instructions for a running number become worked steps, in a convention that the examples share."""
-    worked, joint, end = rng.choice(WORKED), rng.choice(JOINTS), rng.choice(ENDS)
+    worked, joint, end = rng.choice(_WORKED), rng.choice(_JOINTS), rng.choice(_ENDS)
     opening = rng.choice(("start with {}", "{}", "take {}", "begin at {}", "we have {}"))
     words, between = rng.choice((0.0, 0.5, 1.0)), rng.choice((", ", ". ", "; ", ", then "))
     pairs: list[Pair] = []
@@ -168,6 +168,55 @@ def chains(rng: random.Random) -> Document:
         pairs.append((between.join(moves), joint.join(steps) + end.format(number)))
     told = rng.choice(("", "", "work it out", "show the steps", "go step by step"))
     return lesson(rng, pairs, told)
+
+
+_EVENTS = {
+    "+": (
+        "{who} is given {n} {things}",
+        "{who} picks up {n}",
+        "{n} {things} are added",
+        "{other} brings {n}",
+    ),
+    "-": ("{who} throws away {n}", "{n} of them go to {other}", "{who} uses {n} {things}", "{n} are lost"),
+    "*": ("the number grows {n} times", "now there are {n} times as many"),
+    "/": ("they are put in {n} equal rows", "{n} people share them"),
+}
+
+
+def running_totals(rng: random.Random) -> Document:
+    """A story that keeps count aloud after every event, in one of several voices."""
+    who, things = rng.choice(NAMES), rng.choice(THINGS)
+    other = pick_other(rng, NAMES, who)
+    number = small_number(rng)
+    words = rng.choice((0.0, 0.5, 1.0))
+    count = rng.choice(
+        (" ({a} {s} {b} = {c})", ", so {c}", ". count: {c}", " [{c}]", ", {a} {s} {b} = {c}", " makes {c}")
+    )
+    lines = [f"{who} has {said(rng, number, words)} {things}"]
+    for _ in range(rng.randrange(2, 6)):
+        before, sign, operand, number = equation(rng, number)
+        event = rng.choice(_EVENTS[sign]).format(
+            who=who, other=other, things=things, n=said(rng, operand, words)
+        )
+        lines.append(event + count.format(a=before, s=sign, b=operand, c=number))
+    return text(". ".join(lines) + ".")
+
+
+def stories_worked(rng: random.Random) -> Document:
+    """Stories become the list of sums behind them, in a convention that the examples share."""
+    worked, joint, words = rng.choice(_WORKED[:7]), rng.choice(_JOINTS), rng.choice((0.0, 0.5, 1.0))
+    pairs: list[Pair] = []
+    for _ in range(3):
+        who, things = rng.choice(NAMES), rng.choice(THINGS)
+        other, number = pick_other(rng, NAMES, who), small_number(rng)
+        lines, steps = [f"{who} owns {said(rng, number, words)} {things}"], []
+        for _ in range(rng.randrange(1, 4)):
+            before, sign, operand, number = equation(rng, number)
+            line = rng.choice(_EVENTS[sign])
+            lines.append(line.format(who=who, other=other, things=things, n=said(rng, operand, words)))
+            steps.append(worked.format(a=before, s=sign, b=operand, c=number))
+        pairs.append((". ".join(lines), joint.join(steps)))
+    return lesson(rng, pairs, rng.choice(("", "list the sums", "write the sums behind the story")))
 
 
 def clock_times(rng: random.Random) -> Document:

@@ -38,111 +38,56 @@ def _some_words(rng: random.Random, fewest: int = 3, most: int = 8) -> Words:
 Change = tuple[str, Callable[[Words], Words]]
 
 
-Rewriting = tuple[tuple[str, ...], Callable[[Words], Words]]
-"""The names of a rewriting, terse and plain, none of them an instruction of the task `edit`, and what it does."""
-
-
-def _whole(rng: random.Random) -> tuple[Rewriting, ...]:
-    """Rewritings of the text as a whole."""
-    new = rng.choice(_ALL)
-    return (
-        (
-            ("reversed", "backward", "from end to start", "reverse all words", "last word first"),
-            lambda t: t[::-1],
-        ),
-        (("rotated", "rotate left", "begin with word 2 and end with word 1"), lambda t: t[1:] + t[:1]),
-        (("rotate right", "the final word comes before all others"), lambda t: t[-1:] + t[:-1]),
-        (("+" + new, f"then {new}", f"end with {new}"), lambda t: [*t, new]),
-        (("first three", "only the first three words"), lambda t: t[:3]),
-        (("all twice", "the text two times"), lambda t: t + t),
-    )
-
-
-def _of_a_word(rng: random.Random, old: str) -> tuple[Rewriting, ...]:
-    """Rewritings of, or beside, every `old` in the text."""
-    new = rng.choice(_ALL)
-    return (
-        (
-            (f"without {old}", f"delete {old}", f"do without {old}", f"erase {old}", f"no more {old}"),
-            lambda t: [w for w in t if w != old],
-        ),
-        (
-            (f"{old} -> {new}", f"{new} for {old}", f"{old} becomes {new}", f"use {new} where it has {old}"),
-            lambda t: [new if w == old else w for w in t],
-        ),
-        ((f"{old} big", f"capitals for {old}"), lambda t: [w.upper() if w == old else w for w in t]),
-        (
-            (f"+{new} after {old}", f"add {new} after {old}", f"{new} comes right after {old}"),
-            lambda t: [p for w in t for p in ((w, new) if w == old else (w,))],
-        ),
-        (
-            (f"+{new} before {old}", f"add {new} before {old}", f"{new} comes right before {old}"),
-            lambda t: [p for w in t for p in ((new, w) if w == old else (w,))],
-        ),
-    )
-
-
-def _of_a_place(rng: random.Random) -> tuple[Rewriting, ...]:
-    """Rewritings of the first, second, third or last word."""
+def _change(rng: random.Random, words: Words) -> Change:
+    """A rewriting and its name: the names are terse and not those of everyday instructions."""
     place = rng.choice(list(_PLACES))
-    far = rng.choice([p for p in _PLACES if p != place])
-    spot, there = rng.choice(_PLACES[place]), _PLACES[far][0]
+    spot, new, old = rng.choice(_PLACES[place]), rng.choice(_ALL), rng.choice(words)
+    other = rng.choice([p for p in _PLACES if p != place])
 
-    def here(text: Words, i: int) -> bool:
-        return i == place % len(text)
+    def at(text: Words, i: int) -> int:
+        return i % len(text)
 
     def exchanged(text: Words) -> Words:
-        result, i, j = list(text), place % len(text), far % len(text)
-        result[i], result[j] = text[j], text[i]
+        result = list(text)
+        result[at(text, place)], result[at(text, other)] = text[at(text, other)], text[at(text, place)]
         return result
 
-    return (
+    return rng.choice(
         (
-            (f"no {spot}", f"erase the {spot}", f"the {spot} word goes away", f"delete the {spot} word"),
-            lambda t: [w for i, w in enumerate(t) if not here(t, i)],
-        ),
-        (
+            (rng.choice(("reversed", "backward", "from end to start")), lambda t: t[::-1]),
+            (f"without {old}", lambda t: [w for w in t if w != old]),
+            (f"no {spot}", lambda t: [w for i, w in enumerate(t) if i != at(t, place)]),
             (
-                f"{spot} <-> {there}",
-                f"the {spot} and the {there} word trade places",
-                f"switch {spot} with {there}",
+                rng.choice((f"{old} -> {new}", f"{new} for {old}", f"{old} becomes {new}")),
+                lambda t: [new if w == old else w for w in t],
             ),
-            exchanged,
-        ),
-        (
-            (f"{spot} big", f"the {spot} word in big letters", f"capitals for the {spot} word"),
-            lambda t: [w.upper() if here(t, i) else w for i, w in enumerate(t)],
-        ),
-        (
-            (f"{spot} x 2", f"repeat the {spot} word", f"the {spot} word two times"),
-            lambda t: [p for i, w in enumerate(t) for p in [w] * (1 + here(t, i))],
-        ),
+            (f"{spot} <-> {_PLACES[other][0]}", exchanged),
+            (rng.choice(("rotated", "rotate left")), lambda t: t[1:] + t[:1]),
+            ("rotate right", lambda t: t[-1:] + t[:-1]),
+            (f"{spot} big", lambda t: [w.upper() if i == at(t, place) else w for i, w in enumerate(t)]),
+            (f"{old} big", lambda t: [w.upper() if w == old else w for w in t]),
+            (f"+{new} after {old}", lambda t: [p for w in t for p in ((w, new) if w == old else (w,))]),
+            (f"+{new} before {old}", lambda t: [p for w in t for p in ((new, w) if w == old else (w,))]),
+            (f"{spot} x 2", lambda t: [p for i, w in enumerate(t) for p in [w] * (1 + (i == at(t, place)))]),
+            (rng.choice(("+" + new, f"then {new}")), lambda t: [*t, new]),
+            ("first three", lambda t: t[:3]),
+            ("all twice", lambda t: t + t),
+        )
     )
-
-
-def _change(rng: random.Random, words: Words) -> Change:
-    """One rewriting under one of its names."""
-    names, apply = rng.choice((*_whole(rng), *_of_a_word(rng, rng.choice(words)), *_of_a_place(rng)))
-    return rng.choice(names), apply
-
-
-_ORDERS = (
-    "[{op}] {text}",
-    "{text} [{op}]",
-    "{op}: {text}",
-    "{text} / {op}",
-    "op {op}\n{text}",
-    "{op} | {text}",
-    "here is a text: {text}. {op}",
-    "i want you to do this: {op}. the text: {text}",
-    "'{text}', {op}",
-)
-_THEN = (" & ", " & ", ", then ", " and next ", "; after that ")
 
 
 def rewritings_told(rng: random.Random) -> Document:
     """Each pair names its own change, sometimes two in a row."""
-    order = rng.choice(_ORDERS)
+    order = rng.choice(
+        (
+            "[{op}] {text}",
+            "{text} [{op}]",
+            "{op}: {text}",
+            "{text} / {op}",
+            "op {op}\n{text}",
+            "{op} | {text}",
+        )
+    )
     pairs: list[Pair] = []
     for _ in range(6):
         words = _some_words(rng)
@@ -150,7 +95,7 @@ def rewritings_told(rng: random.Random) -> Document:
         result = apply(words)
         if result and rng.random() < 0.3:
             second, again = _change(rng, result)
-            name, result = f"{name}{rng.choice(_THEN)}{second}", again(result)
+            name, result = f"{name} & {second}", again(result)
         pairs.append((order.format(op=name, text=" ".join(words)), " ".join(result)))
     return lesson(rng, pairs[: rng.randrange(1, 7)])
 

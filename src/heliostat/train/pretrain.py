@@ -34,7 +34,7 @@ from heliostat.train.watch import draw_loss
 
 EMBEDDED = "embedded"
 HELD_OUT_SHARE = 0.01
-MOST_TOKENS = 32_000_000
+MOST_TOKENS = 16_000_000
 """Tokens of the built-in corpus that are made at most; a longer run reads them again."""
 TOKENIZER_TEXTS = 20_000
 
