@@ -58,11 +58,12 @@ bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, and decoding;
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m heliostat.bench.decode --device cuda
 
-base: $(STAMP)  ## make the embedded base again, into out/base; more than an hour
+base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one core
 	$(BIN)/heliostat pretrain recipes/base.yaml
 
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
 	$(BIN)/python -m heliostat.bench.results --readme README.md
+	$(BIN)/python -m heliostat.bench.reach
 
 docs: $(STAMP)  ## every command, verb and link that the pages name exists
 	$(BIN)/python -m pytest -q tests/house/test_readme.py

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from heliostat.bench.methods import METHODS, RANK
+from heliostat.bench.methods import METHODS
 from heliostat.files import atomic_write_text
 from heliostat.plot import bars, lines
 from heliostat.tasks import TASKS
@@ -16,16 +16,12 @@ BEGIN, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 """Between these lines the README's table stands."""
 
 
-def write(
-    folder: Path,
-    tables: Mapping[str, Any],
-    birth: Mapping[str, Any],
-    reached: Mapping[str, Any] | None = None,
-) -> Path:
-    """accuracy.json, accuracy.md and its pictures in ``folder``; ``reached``: ``reach`` by task. Returns the page."""
+def write(folder: Path, tables: Mapping[str, Any], birth: Mapping[str, Any]) -> Path:
+    """accuracy.json, accuracy.md and its pictures in ``folder``; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"birth": birth, "tasks": tables, "reach": reached or {}}
-    atomic_write_text(folder / "accuracy.json", json.dumps(facts, indent=1) + "\n")
+    atomic_write_text(
+        folder / "accuracy.json", json.dumps({"birth": birth, "tasks": tables}, indent=1) + "\n"
+    )
     parts = ["# Accuracy of every sharing on the embedded tasks", "", *_preface(birth), ""]
     for task, table in tables.items():
         means = {name: 100 * sum(row["seeds"]) / len(row["seeds"]) for name, row in table.items()}
@@ -42,8 +38,6 @@ def write(
         atomic_write_text(folder / f"loss-{task}.svg", drawn)
         parts += [f"## {task}: {TASKS[task].what}", "", *rows_of(table), ""]
         parts += [f"![right answers](accuracy-{task}.svg) ![loss](loss-{task}.svg)", ""]
-    for task, rows in (reached or {}).items():
-        parts += [f"## {task}: longer and wider", "", *_reach_rows(rows), ""]
     page = folder / "accuracy.md"
     atomic_write_text(page, "\n".join(parts))
     return page
@@ -73,19 +67,6 @@ def rows_of(table: Mapping[str, Any]) -> list[str]:
             points = f"{row['points']:+.1f} [{low:+.1f}, {high:+.1f}] against {row['against']}"
         seeds = ", ".join(f"{100 * s:.1f}" for s in row["seeds"])
         found.append(f"| {name} | {mean:.1%} | {seeds} | {points} | {row.get('learning_rate', '')} |")
-    return found
-
-
-def _reach_rows(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    changes = list(dict.fromkeys(change for row in rows.values() for change in row))
-    found = [
-        f"Right answers with seed 0, at the rate chosen above; adapters have rank {RANK} where none is named.",
-        "",
-        f"| | {' | '.join(changes)} |",
-        "|---" * (len(changes) + 1) + "|",
-    ]
-    for name, row in rows.items():
-        found.append(f"| {name} | {' | '.join(f'{row[c]:.1%}' if c in row else '' for c in changes)} |")
     return found
 
 

@@ -28,9 +28,9 @@ class Method:
 
 
 METHODS = (
-    Method("full fine-tune", "independent", "full", (1e-3, 2e-3), 2e-3, "full fine-tune"),
-    Method("SUN", "sun", "full", (2e-3, 5e-3), 5e-3, "full fine-tune"),
-    Method("PrefillShare", "prefillshare", "full", (2e-3, 5e-3), 5e-3, "full fine-tune"),
-    Method("LoRA", "independent", "lora", (3e-3, 6e-3), 6e-3, "LoRA"),
-    Method("ICaRus", "icarus", "lora", (6e-3, 1.2e-2), 6e-3, "LoRA"),
+    Method("full fine-tune", "independent", "full", (1e-3, 2e-3, 5e-3), 2e-3, "full fine-tune"),
+    Method("SUN", "sun", "full", (2e-3, 5e-3, 1e-2), 5e-3, "full fine-tune"),
+    Method("PrefillShare", "prefillshare", "full", (1e-3, 2e-3, 5e-3), 5e-3, "full fine-tune"),
+    Method("LoRA", "independent", "lora", (3e-3, 6e-3, 1.2e-2), 6e-3, "LoRA"),
+    Method("ICaRus", "icarus", "lora", (3e-3, 6e-3, 1.2e-2), 6e-3, "LoRA"),
 )

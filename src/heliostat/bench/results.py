@@ -27,10 +27,7 @@ from heliostat.files import read_json
 from heliostat.tasks import TASKS
 
 SEEDS = (0, 1, 2)
-STEPS = 600
-LONGER = 3
-"""How many times as long the long runs are."""
-WIDER_RANK = 64
+STEPS = 400
 BOOTSTRAPS = 2_000
 
 
@@ -112,30 +109,6 @@ def measure(
     return tables
 
 
-def variants(folder: Path, task: str, steps: int) -> dict[tuple[str, str], Trial]:
-    """(method, what was changed) -> a trial of its best rate: longer runs, wider adapters, both; one seed."""
-    lengths: dict[str, dict[str, Any]] = {f"{n * steps} steps": {"steps": n * steps} for n in (1, LONGER)}
-    wide = {f"{name}, r {WIDER_RANK}": change | {"r": WIDER_RANK} for name, change in lengths.items()}
-    found = {}
-    for method in METHODS:
-        chosen = best(folder, search(task, method, steps))
-        for name, change in (lengths | (wide if method.tuner == "lora" else {})).items():
-            found[method.name, name] = replace(chosen, **change)
-    return found
-
-
-def reach(
-    folder: Path, task: str, *, steps: int, workers: int, console: Console
-) -> dict[str, dict[str, float]]:
-    """What longer runs and wider adapters bring: method -> what was changed -> right answers."""
-    trials = variants(folder, task, steps)
-    run_all(folder, list(trials.values()), workers=workers, console=console)
-    found: dict[str, dict[str, float]] = {method.name: {} for method in METHODS}
-    for (method, change), trial in trials.items():
-        found[method][change] = _kept(folder, trial)["test"]
-    return found
-
-
 def _task_table(folder: Path, task: str, chosen: Mapping[str, Trial]) -> dict[str, Any]:
     full = chosen[METHODS[0].name]
     table: dict[str, Any] = {"base, untuned": {"seeds": [base_alone(full, folder)["test"]]}}
@@ -208,11 +181,12 @@ def main() -> None:
         "--reach", default="math", help="tasks with longer runs and wider adapters too; '': none"
     )
     given = parser.parse_args()
-    how: dict[str, Any] = {"steps": given.steps, "workers": given.workers, "console": Console(stderr=True)}
-    tables = measure(given.out, given.tasks.split(","), **how)
-    reached = {task: reach(given.out, task, **how) for task in given.reach.split(",") if task}
-    command = f"python -m heliostat.bench.results --tasks {given.tasks} --steps {given.steps} --reach '{given.reach}'"
-    page = write(given.docs, tables, certificate(command, seeds=list(SEEDS), steps=given.steps), reached)
+    console = Console(stderr=True)
+    tables = measure(
+        given.out, given.tasks.split(","), steps=given.steps, workers=given.workers, console=console
+    )
+    command = f"python -m heliostat.bench.results --tasks {given.tasks} --steps {given.steps}"
+    page = write(given.docs, tables, certificate(command, seeds=list(SEEDS), steps=given.steps))
     if given.readme is not None:
         write_readme(given.readme, tables)
     print(page)

@@ -39,7 +39,7 @@ class Trial:
     steps: int
     batch: int = 32
     r: int = RANK
-    train_items: int = 20_000
+    train_items: int = 10_000
     test_items: int = 1_000
     validation_items: int = 300
 

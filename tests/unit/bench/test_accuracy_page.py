@@ -24,14 +24,6 @@ def test_the_page_tells_numbers_intervals_and_where_they_come_from(tmp_path: Pat
     assert "the command" in page and (tmp_path / "accuracy-tools.svg").read_text().startswith("<svg")
 
 
-def test_the_page_shows_what_longer_and_wider_bring(tmp_path: Path) -> None:
-    reached = {"math": {"SUN": {"10 steps": 0.5}, "ICaRus": {"10 steps": 0.25, "30 steps, r 64": 0.75}}}
-    page = accuracy_page.write(tmp_path, {}, certificate("c", seeds=[0, 1], steps=10), reached).read_text(
-        encoding="utf-8"
-    )
-    assert "| | 10 steps | 30 steps, r 64 |" in page and "| ICaRus | 25.0% | 75.0% |" in page
-
-
 TABLES = {"tools": {"base, untuned": {"seeds": [0.1]}, "SUN": {"seeds": [0.5, 0.7], "points": -1.5}}}
 
 

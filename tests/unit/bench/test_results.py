@@ -41,18 +41,6 @@ def test_the_best_rate_is_chosen_on_validation_items_alone(tmp_path: Path) -> No
     assert results.best(tmp_path, trials) == trials[1]
 
 
-def test_longer_runs_and_wider_adapters_start_from_the_best_rate(tmp_path: Path) -> None:
-    for method in results.METHODS:
-        for trial, validation in zip(results.search("math", method, 10), (0.5, 0.7), strict=True):
-            (tmp_path / "trials").mkdir(exist_ok=True)
-            atomic_write_text(tmp_path / "trials" / f"{trial.name}.json", f'{{"validation": {validation}}}')
-    trials = results.variants(tmp_path, "math", 10)
-    assert trials["SUN", "30 steps"].steps == 30
-    assert trials["SUN", "30 steps"].learning_rate == results.METHODS[1].rates[1]
-    assert ("SUN", "10 steps, r 64") not in trials and trials["ICaRus", "30 steps, r 64"].r == 64
-    assert len({trial.name for trial in trials.values()}) == len(trials)
-
-
 def test_a_failed_trial_is_named_and_stops_the_rest(tmp_path: Path) -> None:
     from rich.console import Console
 

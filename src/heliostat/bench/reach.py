@@ -1,0 +1,116 @@
+"""How far longer runs and wider adapters reach, beside the accuracy table: one seed, the rates that the table chose.
+
+Resumable, as the table is: trials are kept, and run again only what is missing is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from heliostat.bench.birth import certificate
+from heliostat.bench.methods import METHODS, RANK
+from heliostat.bench.results import SEEDS, run_all
+from heliostat.bench.trial import Trial, ensure_family, kept_at, write_data
+from heliostat.files import atomic_write_text, read_json
+
+LONGER = 3
+"""How many times as long as the table's the runs are."""
+WIDER_RANK = 64
+
+
+def trials(accuracy: Mapping[str, Any], task: str) -> dict[tuple[str, str], Trial]:
+    """(method, what was changed) -> trial: every method longer, and those with an adapter wider, too."""
+    steps, found = LONGER * accuracy["birth"]["steps"], {}
+    for method in METHODS:
+        rate = accuracy["tasks"][task][method.name]["learning_rate"]
+        for r in (RANK, WIDER_RANK) if method.tuner == "lora" else (RANK,):
+            what = f"{steps} steps" if r == RANK else f"{steps} steps, r {r}"
+            found[method.name, what] = Trial(
+                task=task,
+                sharing=method.sharing,
+                tuner=method.tuner,
+                learning_rate=rate,
+                seed=SEEDS[0],
+                steps=steps,
+                r=r,
+            )
+    return found
+
+
+def measure(
+    folder: Path, accuracy: Mapping[str, Any], task: str, *, workers: int, console: Console
+) -> dict[str, dict[str, float]]:
+    """Method -> what was changed -> right answers; the table's own number first."""
+    wanted = trials(accuracy, task)
+    write_data(next(iter(wanted.values())), folder)  # once, before several processes want it
+    run_all(folder, list(wanted.values()), workers=workers, console=console)
+    steps, table = accuracy["birth"]["steps"], accuracy["tasks"][task]
+    found = {m.name: {f"{steps} steps": table[m.name]["seeds"][0]} for m in METHODS}
+    for (method, what), trial in wanted.items():
+        found[method][what] = read_json(kept_at(folder, trial))["test"]
+    return found
+
+
+def page(tables: Mapping[str, Mapping[str, Mapping[str, float]]], birth: Mapping[str, Any]) -> str:
+    """The tables as a page."""
+    lines = [
+        "# Longer runs and wider adapters",
+        "",
+        f"Right answers to the 1,000 held-out items of [accuracy](accuracy.md), seed {SEEDS[0]}, at the rates chosen there;",
+        f"adapters have rank {RANK} where none is named. In brackets: points to what the method is compared with, in the",
+        "same column.",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}; commit {birth['commit']}; {birth['date']}",
+        "",
+    ]
+    for task, table in tables.items():
+        lines += [f"## {task}", "", *rows_of(table), ""]
+    return "\n".join(lines)
+
+
+def rows_of(table: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """One table, line by line."""
+    columns = list(dict.fromkeys(what for row in table.values() for what in row))
+    against = {method.name: method.against for method in METHODS}
+    found = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in table.items():
+        cells = [_cell(row.get(c), table[against[name]].get(c), same=against[name] == name) for c in columns]
+        found.append(f"| {name} | {' | '.join(cells)} |")
+    return found
+
+
+def _cell(own: float | None, other: float | None, *, same: bool) -> str:
+    if own is None:
+        return ""
+    points = "" if same or other is None else f" ({100 * (own - other):+.1f})"
+    return f"{100 * own:.1f} %{points}"
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Run what is missing, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/results"), help="family, trials, logs")
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="accuracy.json, and the page")
+    parser.add_argument("--tasks", help="some of the table's tasks, by comma; all if left out")
+    parser.add_argument("--workers", type=int, default=2, help="trials at once, one thread each")
+    wish = parser.parse_args(given)
+    accuracy = read_json(wish.docs / "accuracy.json")
+    tasks = wish.tasks.split(",") if wish.tasks else list(accuracy["tasks"])
+    ensure_family(wish.out)
+    how: dict[str, Any] = {"workers": wish.workers, "console": Console(stderr=True)}
+    tables = {task: measure(wish.out, accuracy, task, **how) for task in tasks}
+    birth = certificate(f"python -m heliostat.bench.reach --tasks {','.join(tasks)}", seeds=[SEEDS[0]])
+    facts = {"birth": birth, "tasks": tables}
+    atomic_write_text(wish.docs / "reach.json", json.dumps(facts, indent=1) + "\n")
+    atomic_write_text(wish.docs / "reach.md", page(tables, birth))
+    print(wish.docs / "reach.md")
+
+
+if __name__ == "__main__":
+    main()

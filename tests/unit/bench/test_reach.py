@@ -1,0 +1,33 @@
+"""Longer runs and wider adapters: which trials, and the page."""
+
+from heliostat.bench import reach
+from heliostat.bench.birth import certificate
+from heliostat.bench.methods import METHODS
+
+RATES = {method.name: method.rates[1] for method in METHODS}
+ACCURACY = {
+    "birth": {"steps": 10},
+    "tasks": {"math": {name: {"learning_rate": rate, "seeds": [0.5, 0.9]} for name, rate in RATES.items()}},
+}
+
+
+def test_every_method_runs_longer_at_the_rate_of_the_table_and_adapters_wider_too() -> None:
+    found = reach.trials(ACCURACY, "math")
+    assert {trial.steps for trial in found.values()} == {30}
+    assert all(trial.learning_rate == RATES[name] for (name, _), trial in found.items())
+    wide = {name for (name, what), trial in found.items() if trial.r == 64 and "r 64" in what}
+    assert wide == {method.name for method in METHODS if method.tuner == "lora"}
+    assert len({trial.name for trial in found.values()}) == len(found)
+
+
+def test_the_page_compares_within_a_column() -> None:
+    table = {
+        "full fine-tune": {"10 steps": 0.5, "30 steps": 0.75},
+        "SUN": {"10 steps": 0.25, "30 steps": 0.75},
+        "LoRA": {"10 steps": 0.5, "30 steps": 0.5, "30 steps, r 64": 0.625},
+        "ICaRus": {"10 steps": 0.5, "30 steps": 0.5, "30 steps, r 64": 0.5},
+    }
+    made = reach.page({"math": table}, certificate("the command"))
+    assert "| | 10 steps | 30 steps | 30 steps, r 64 |" in made and "the command" in made
+    assert "| SUN | 25.0 % (-25.0) | 75.0 % (+0.0) |  |" in made
+    assert "| ICaRus | 50.0 % (+0.0) | 50.0 % (+0.0) | 50.0 % (-12.5) |" in made
