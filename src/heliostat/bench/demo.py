@@ -28,7 +28,7 @@ from heliostat.survey import savings
 from heliostat.tasks import TASKS
 from heliostat.train.recipe import TARGETS
 
-STEPS = 320
+STEPS = 240
 ITEMS = 500
 """Held-out prompts that are answered and graded."""
 MEMBERS = 4
