@@ -160,7 +160,7 @@ def _ask(batch: int, count: int, pages: Tensor) -> Ask:
     """Attention of one query a request over ``count`` pages each, as the engine would have it done."""
     each = torch.arange(batch, device=pages.device)
     numbers, seen = torch.arange(batch * count, device=pages.device), torch.full_like(each, count * PAGE_SIZE)
-    if native.ready(pages):
+    if native.attends(pages):
         starts = torch.arange(batch + 1)
         return partial(native.attend, entries=native.Ragged(each, seen, starts, numbers, each * count))
     group = PagedGroup(each[:, None], numbers.view(batch, count), seen[:, None], count * PAGE_SIZE)

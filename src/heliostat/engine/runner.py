@@ -63,7 +63,7 @@ class Runner:
 
     def _ask(self, entries: Sequence[Entry], dtype: torch.dtype) -> Ask:
         """The fastest attention over pages that there is here for queries of ``dtype``."""
-        if native.ready(self.pool.keys) and dtype == self.pool.keys.dtype:
+        if native.attends(self.pool.keys) and dtype == self.pool.keys.dtype:
             return partial(native.attend, entries=self._ragged(entries))
         return partial(grouped_attention, groups=[self._group(some) for some in by_queries(entries)])
 

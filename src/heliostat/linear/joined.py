@@ -10,11 +10,14 @@ from heliostat.ops.linear import linear
 
 
 class Joined:
-    """The named children of ``parent``, run as one Linear; adapters on them, put on before or after, are run too."""
+    """The named children of a module, run as one Linear; adapters on them, put on before or after, are run too.
+
+    It does not hold the module: in a circle, weights that are unloaded would wait for the garbage collector.
+    """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         """Moves the children's weights into one tensor [sum of out, in], of which each keeps its part."""
-        self.parent, self.names = parent, names
+        self.names = names
         inner = [_inner(getattr(parent, name)) for name in names]
         self.sizes = [part.out_features for part in inner]
         self.weight = torch.cat([part.weight.data for part in inner])
@@ -24,11 +27,11 @@ class Joined:
         for part, own in zip(inner, self.weight.split(self.sizes), strict=True):
             part.weight.data = own
 
-    def __call__(self, x: Tensor, route: Route | None) -> Tensor:
-        """x [T, in] -> [T, sum of out]."""
+    def __call__(self, parent: nn.Module, x: Tensor, route: Route | None) -> Tensor:
+        """x [..., in] -> [..., sum of out]; ``parent`` is the module whose children were joined."""
         y, start = linear(x, self.weight, self.bias), 0
         for name, size in zip(self.names, self.sizes, strict=True):
-            part, own = getattr(self.parent, name), slice(start, start := start + size)
+            part, own = getattr(parent, name), slice(start, start := start + size)
             if route is not None and isinstance(part, AdaptedLinear):
                 y[..., own] = part.adapted(y[..., own], x, route)
         return y

@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
     def _projected(self, x: Tensor, route: Route | None) -> tuple[Tensor, ...]:
         if self.joined is not None:
-            return self.joined(x, route).split(self.joined.sizes, dim=-1)
+            return self.joined(self, x, route).split(self.joined.sizes, dim=-1)
         return self.q_proj(x, route), self.k_proj(x, route), self.v_proj(x, route)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, route: Route | None) -> Tensor:
         if self.joined is not None:
-            return self.down_proj(gated(self.joined(x, route)), route)
+            return self.down_proj(gated(self.joined(self, x, route)), route)
         return self.down_proj(nn.functional.silu(self.gate_proj(x, route)) * self.up_proj(x, route), route)
 
 

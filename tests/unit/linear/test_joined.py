@@ -1,5 +1,8 @@
 """Linears run as one: the same numbers, with biases, head norms and adapters; and no byte more of weights."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -84,4 +87,17 @@ def test_a_bias_on_one_of_them_is_its_own() -> None:
             self.a, self.b = parent["a"], parent["b"]
 
     want = torch.cat((parent["a"](x), parent["b"](x)), dim=1)
-    torch.testing.assert_close(Joined(Holder(), ("a", "b"))(x, None), want)
+    holder = Holder()
+    torch.testing.assert_close(Joined(holder, ("a", "b"))(holder, x, None), want)
+
+
+def test_a_joined_model_is_gone_with_its_last_holder() -> None:
+    model = model_of("llama")
+    model.join()
+    seen, weight = weakref.ref(model), weakref.ref(model.blocks[0].self_attn.joined)
+    gc.disable()  # what a circle holds would stay
+    try:
+        del model
+        assert seen() is None and weight() is None
+    finally:
+        gc.enable()

@@ -124,6 +124,17 @@ def test_the_kernel_sees_long_texts_and_many_queries_and_no_number_of_threads() 
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@torch.inference_mode()
+def test_heads_that_are_too_wide_for_the_kernel_are_not_its_business() -> None:
+    pages = torch.zeros(1, 16, 1, native.WIDEST_HEAD)
+    assert native.attends(pages) == native.built()
+    wide = torch.zeros(1, 16, 1, native.WIDEST_HEAD + 16)
+    assert not native.attends(wide)
+    each = torch.zeros(1, dtype=torch.long)
+    with pytest.raises(AssertionError):
+        native.attend(wide[0, :1], wide, wide, native.Ragged(each, each + 1, torch.arange(2), each, each))
+
+
 @pytest.mark.skipif(not native.built(), reason="the compiled kernels do not run here")
 @pytest.mark.parametrize("where", ["q", "keys", "values"])
 @torch.inference_mode()

@@ -29,6 +29,7 @@ _ARGUMENTS = {
 }
 
 WIDEST_HEAD = 256
+"""Numbers of a head that the attention kernel has room for."""
 
 
 @cache
@@ -70,6 +71,11 @@ def built() -> bool:
 def ready(x: Tensor) -> bool:
     """Whether the kernels serve for tensors like this one, with no gradient wanted."""
     return x.dtype in _SUFFIX and x.device.type == "cpu" and not torch.is_grad_enabled() and built()
+
+
+def attends(keys: Tensor) -> bool:
+    """Whether ``attend`` serves for pages like these [P, S, K, D]."""
+    return ready(keys) and keys.shape[-1] <= WIDEST_HEAD
 
 
 def _call(name: str, like: Tensor, *arguments: object) -> None:
@@ -141,6 +147,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, entries: Ragged) -> Tensor:
     """q [T, H, D] (rows contiguous) over pages [P, S, K, D] -> [T, H, D]."""
     out = q.new_empty(q.shape)
     _, slots, kv_heads, width = keys.shape
+    assert width <= WIDEST_HEAD, width  # the kernel's buffers end there
     lists = (entries.rows, entries.visible, entries.starts, entries.pages, entries.page_starts)
     count = entries.page_starts.numel()
     sizes = (count, q.shape[1], kv_heads, width, slots, width**-0.5)
