@@ -1,4 +1,4 @@
-"""How far longer runs and wider adapters reach, beside the accuracy table: one seed, the rates that the table chose.
+"""How far longer runs and wider adapters reach, beside the accuracy table: one seed, rates that the table chose.
 
 Resumable, as the table is: trials are kept, and run again only what is missing is done.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +16,60 @@ from rich.console import Console
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.methods import METHODS, RANK
-from heliostat.bench.results import SEEDS, run_all
+from heliostat.bench.results import CONTROLS, SEEDS, best, run_all
 from heliostat.bench.trial import Trial, ensure_family, kept_at, write_data
 from heliostat.files import atomic_write_text, read_json
 
 LONGER = 3
 """How many times as long as the table's the runs are."""
 WIDER_RANK = 64
+WIDER_RATES = (0.5, 0.25)
+"""Of the rate that the table chose for its rank: a wider adapter takes larger steps at the same rate."""
 
 
-def trials(accuracy: Mapping[str, Any], task: str) -> dict[tuple[str, str], Trial]:
-    """(method, what was changed) -> trial: every method longer, and those with an adapter wider, too."""
-    steps, found = LONGER * accuracy["birth"]["steps"], {}
-    for method in METHODS:
-        rate = accuracy["tasks"][task][method.name]["learning_rate"]
-        for r in (RANK, WIDER_RANK) if method.tuner == "lora" else (RANK,):
-            what = f"{steps} steps" if r == RANK else f"{steps} steps, r {r}"
-            found[method.name, what] = Trial(
-                task=task,
-                sharing=method.sharing,
-                tuner=method.tuner,
-                learning_rate=rate,
-                seed=SEEDS[0],
-                steps=steps,
-                r=r,
-            )
-    return found
+def longer(accuracy: Mapping[str, Any], task: str) -> dict[str, Trial]:
+    """Method -> its trial with more steps, at the rate that the table chose."""
+    return {
+        method.name: Trial(
+            task=task,
+            sharing=method.sharing,
+            tuner=method.tuner,
+            learning_rate=accuracy["tasks"][task][method.name]["learning_rate"],
+            seed=SEEDS[0],
+            steps=LONGER * accuracy["birth"]["steps"],
+        )
+        for method in METHODS
+    }
+
+
+def wider(trials: Mapping[str, Trial]) -> dict[str, list[Trial]]:
+    """Method with an adapter -> its trials at the wider rank, one for each rate."""
+    return {
+        name: [replace(trial, r=WIDER_RANK, learning_rate=trial.learning_rate * part) for part in WIDER_RATES]
+        for name, trial in trials.items()
+        if trial.tuner == "lora"
+    }
 
 
 def measure(
     folder: Path, accuracy: Mapping[str, Any], task: str, *, workers: int, console: Console
 ) -> dict[str, dict[str, float]]:
-    """Method -> what was changed -> right answers; the table's own number first."""
-    wanted = trials(accuracy, task)
-    write_data(next(iter(wanted.values())), folder)  # once, before several processes want it
-    run_all(folder, list(wanted.values()), workers=workers, console=console)
-    steps, table = accuracy["birth"]["steps"], accuracy["tasks"][task]
-    found = {m.name: {f"{steps} steps": table[m.name]["seeds"][0]} for m in METHODS}
-    for (method, what), trial in wanted.items():
-        found[method][what] = read_json(kept_at(folder, trial))["test"]
+    """Method or control -> what was changed -> right answers; the table's own number first."""
+    trials = longer(accuracy, task)
+    wide, full = wider(trials), trials[METHODS[0].name]
+    write_data(full, folder)  # once, before several processes want it
+    how: dict[str, Any] = {"workers": workers, "console": console}
+    run_all(folder, [*trials.values(), *(t for found in wide.values() for t in found)], **how)
+    table = accuracy["tasks"][task]
+    short, long = f"{accuracy['birth']['steps']} steps", f"{full.steps} steps"
+    found = {name: {short: table[name]["seeds"][0]} for name in (*trials, *CONTROLS)}
+    for name, trial in trials.items():
+        found[name][long] = read_json(kept_at(folder, trial))["test"]
+    for name, tried in wide.items():
+        found[name][f"{long}, r {WIDER_RANK}"] = read_json(kept_at(folder, best(folder, tried)))["test"]
+    for name, sharing in CONTROLS.items():
+        run_all(folder, [full], half=sharing, **how)
+        found[name][long] = read_json(kept_at(folder, full, sharing))["test"]
     return found
 
 
@@ -62,9 +78,10 @@ def page(tables: Mapping[str, Mapping[str, Mapping[str, float]]], birth: Mapping
     lines = [
         "# Longer runs and wider adapters",
         "",
-        f"Right answers to the 1,000 held-out items of [accuracy](accuracy.md), seed {SEEDS[0]}, at the rates chosen there;",
-        f"adapters have rank {RANK} where none is named. In brackets: points to what the method is compared with, in the",
-        "same column.",
+        f"Right answers to the 1,000 held-out items of [accuracy](accuracy.md), seed {SEEDS[0]}, at its rates;",
+        f"adapters have rank {RANK} where none is named. For rank {WIDER_RANK} half and a quarter of the rate were",
+        "tried: the better on validation items. A control is the full fine-tune of its column in a row that it",
+        "was not trained for. In brackets: points to what a line is compared with, in the same column.",
         "",
         f"`{birth['command']}`; {birth['hardware']}; commit {birth['commit']}; {birth['date']}",
         "",
@@ -77,7 +94,7 @@ def page(tables: Mapping[str, Mapping[str, Mapping[str, float]]], birth: Mapping
 def rows_of(table: Mapping[str, Mapping[str, float]]) -> list[str]:
     """One table, line by line."""
     columns = list(dict.fromkeys(what for row in table.values() for what in row))
-    against = {method.name: method.against for method in METHODS}
+    against = dict.fromkeys(CONTROLS, METHODS[0].name) | {m.name: m.against for m in METHODS}
     found = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, row in table.items():
         cells = [_cell(row.get(c), table[against[name]].get(c), same=against[name] == name) for c in columns]

@@ -177,9 +177,6 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="a README whose table is replaced")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2, help="trials at once, one thread each")
-    parser.add_argument(
-        "--reach", default="math", help="tasks with longer runs and wider adapters too; '': none"
-    )
     given = parser.parse_args()
     console = Console(stderr=True)
     tables = measure(
