@@ -7,14 +7,16 @@ learned behind the very ids a server would have put before it. Knows no tensors.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.formats import BadLine, Record, Records, Turn, scan
+
+T = TypeVar("T")
 
 # Batches' worth of examples that are sorted by length together: long enough for little padding, short enough
 # that the order of an epoch stays mostly chance.
@@ -67,23 +69,54 @@ def read_examples(
     tokens are bad lines too, or are left out and counted with ``too_long="skip"``.
     """
     found = scan(path)
-    examples: list[Example] = []
+    sifted = sift(
+        found,
+        lambda record: encode(record, tokenizer, max_length=max_length),
+        what="record",
+        skip_bad=skip_bad,
+        too_long=too_long,
+    )
+    examples = tuple(example for made in sifted.made for example in made)
+    return Examples(found.path, found.format, examples, sifted.bad, sifted.too_long)
+
+
+@dataclass(frozen=True, slots=True)
+class Sifted(Generic[T]):
+    """What was made of the good records of a file, and the lines of the others."""
+
+    made: tuple[T, ...]
+    bad: tuple[BadLine, ...]
+    too_long: tuple[BadLine, ...]
+
+
+def sift(
+    found: Records,
+    make: Callable[[Record], T],
+    *,
+    what: str,
+    skip_bad: bool,
+    too_long: Literal["refuse", "skip"],
+) -> Sifted[T]:
+    """``make`` of every record; all that it refuses is refused in one message with line numbers, or left out.
+
+    ``what`` the records are called where every one is too long.
+    """
+    made: list[T] = []
     used: list[Record] = []
-    bad = list(found.bad)
-    long: list[BadLine] = []
+    bad, long = list(found.bad), list[BadLine]()
     for record in found.records:
         try:
-            examples += encode(record, tokenizer, max_length=max_length)
+            made.append(make(record))
             used.append(record)
         except TooLong as reason:
             (long if too_long == "skip" else bad).append(BadLine(record.line, str(reason)))
         except Refused as reason:
             bad.append(BadLine(record.line, str(reason)))
     if long and not used and not bad:
-        raise Refused(f"{found.path}: every record is too long, the first: {long[0].reason}")
+        raise Refused(f"{found.path}: every {what} is too long, the first: {long[0].reason}")
     bad.sort(key=lambda line: line.line)
     Records(found.path, found.format, tuple(used), tuple(bad)).checked(skip_bad=skip_bad)
-    return Examples(found.path, found.format, tuple(examples), tuple(bad), tuple(long))
+    return Sifted(tuple(made), tuple(bad), tuple(long))
 
 
 def encode(record: Record, tokenizer: Tokenizer, *, max_length: int) -> list[Example]:

@@ -12,8 +12,8 @@ from heliostat.errors import Refused
 from heliostat.family import Row
 from heliostat.llm import LLM
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.train.data import Examples, TooLong, answered_by, question_ids
-from heliostat.train.formats import BadLine, Record, Records, scan
+from heliostat.train.data import Examples, answered_by, question_ids, sift
+from heliostat.train.formats import BadLine, scan
 
 CACHE_MIB = 1024
 """Most memory for the pages of the teacher while it answers; gone before anything is trained."""
@@ -69,26 +69,23 @@ class Questions:
 
 
 def questions(
-    path: str | Path, tokenizer: Tokenizer, *, max_length: int, skip_bad: bool, too_long: str
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    skip_bad: bool,
+    too_long: Literal["refuse", "skip"],
 ) -> Questions:
     """The prompts of a jsonl file; all bad lines are refused in one message, unless ``skip_bad``."""
     found = scan(path, prompts=True)
-    prompts: list[tuple[int, list[int]]] = []
-    used: list[Record] = []
-    bad, long = list(found.bad), list[BadLine]()
-    for record in found.records:
-        try:
-            prompts.append((record.line, question_ids(record, tokenizer, max_length=max_length - 1)))
-            used.append(record)
-        except TooLong as reason:
-            (long if too_long == "skip" else bad).append(BadLine(record.line, str(reason)))
-        except Refused as reason:
-            bad.append(BadLine(record.line, str(reason)))
-    bad.sort(key=lambda line: line.line)
-    if not used and long and not bad:
-        raise Refused(f"{path}: every prompt is too long, the first: {long[0].reason}")
-    Records(found.path, found.format, tuple(used), tuple(bad)).checked(skip_bad=skip_bad)
-    return Questions(found.format, tuple(prompts), tuple(bad), tuple(long))
+    sifted = sift(
+        found,
+        lambda record: (record.line, question_ids(record, tokenizer, max_length=max_length - 1)),
+        what="prompt",
+        skip_bad=skip_bad,
+        too_long=too_long,
+    )
+    return Questions(found.format, sifted.made, sifted.bad, sifted.too_long)
 
 
 def asked_examples(

@@ -11,13 +11,19 @@ ACCURACY = {
 }
 
 
-def test_every_method_runs_longer_at_the_rate_of_the_table_and_adapters_wider_too() -> None:
-    found = reach.trials(ACCURACY, "math")
+def test_every_method_runs_longer_at_the_rate_of_the_table() -> None:
+    found = reach.longer(ACCURACY, "math")
     assert {trial.steps for trial in found.values()} == {30}
-    assert all(trial.learning_rate == RATES[name] for (name, _), trial in found.items())
-    wide = {name for (name, what), trial in found.items() if trial.r == 64 and "r 64" in what}
-    assert wide == {method.name for method in METHODS if method.tuner == "lora"}
-    assert len({trial.name for trial in found.values()}) == len(found)
+    assert {name: trial.learning_rate for name, trial in found.items()} == RATES
+    assert len({trial.name for trial in found.values()}) == len(METHODS)
+
+
+def test_wider_adapters_are_tried_at_lower_rates_of_their_own() -> None:
+    found = reach.wider(reach.longer(ACCURACY, "math"))
+    assert set(found) == {method.name for method in METHODS if method.tuner == "lora"}
+    for name, tried in found.items():
+        assert {trial.r for trial in tried} == {64} and {trial.steps for trial in tried} == {30}
+        assert [trial.learning_rate for trial in tried] == [RATES[name] / 2, RATES[name] / 4]
 
 
 def test_the_page_compares_within_a_column() -> None:
@@ -26,8 +32,10 @@ def test_the_page_compares_within_a_column() -> None:
         "SUN": {"10 steps": 0.25, "30 steps": 0.75},
         "LoRA": {"10 steps": 0.5, "30 steps": 0.5, "30 steps, r 64": 0.625},
         "ICaRus": {"10 steps": 0.5, "30 steps": 0.5, "30 steps, r 64": 0.5},
+        "control: SUN's writer": {"10 steps": 0.25, "30 steps": 0.5},
     }
     made = reach.page({"math": table}, certificate("the command"))
     assert "| | 10 steps | 30 steps | 30 steps, r 64 |" in made and "the command" in made
     assert "| SUN | 25.0 % (-25.0) | 75.0 % (+0.0) |  |" in made
+    assert "| control: SUN's writer | 25.0 % (-25.0) | 50.0 % (-25.0) |  |" in made
     assert "| ICaRus | 50.0 % (+0.0) | 50.0 % (+0.0) | 50.0 % (-12.5) |" in made
