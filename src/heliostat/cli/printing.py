@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 SHOWN = 300
 """Characters of a text that a sample shows."""
+
+UNFOLDED = 1000
+"""Characters of a line that goes into a file or a pipe: names stay whole for whoever searches them."""
 
 
 def note(line: str) -> None:
@@ -54,7 +58,10 @@ def print_table(
         table.add_column(name, style=style, overflow="fold", no_wrap=name in whole)
     for row in filled:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNFOLDED
+    console.print(table)
 
 
 def print_samples(samples: Iterable[Mapping[str, str]], *, title: str) -> None:
