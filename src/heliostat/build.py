@@ -14,12 +14,19 @@ import torch
 from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Module
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.linear.adapter import adapter_parameters, digest_adapter, load_adapter
+from heliostat.linear.adapter import adapter_file, adapter_parameters, digest_adapter, load_adapter
 from heliostat.linear.lora import Route, adapter_of, remove_adapter, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import DIGEST, checkpoint_facts, digest_folder, load_transformer, weight_files
+from heliostat.model.weights import (
+    DIGEST,
+    checkpoint_facts,
+    digest_folder,
+    load_transformer,
+    refuse_not_finite,
+    weight_files,
+)
 
 FAMILY = "family.json"
 MODULES = "modules"
@@ -74,6 +81,7 @@ def init_family(folder: Path, base: Path) -> Family:
     load_transformer(
         base, config, dtype=torch.bfloat16
     )  # refuses missing or foreign tensors before anything is copied
+    refuse_not_finite(files)
     # As a whole or not at all: a base without its family.json would be in the way of the next init.
     with atomic_directory(folder) as partial:
         (partial / BASE).mkdir()
@@ -104,6 +112,11 @@ def _belongs(path: Path) -> bool:
 def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     if tokenizer.size > config.vocabulary:
         raise Refused(f"the tokenizer has {tokenizer.size} tokens, the model only {config.vocabulary}")
+    if strange := [token for token in tokenizer.eos_ids if not 0 <= token < config.vocabulary]:
+        raise Refused(
+            f"eos_token_id {', '.join(map(str, strange))} is no token of the model, whose ids are 0 to "
+            f"{config.vocabulary - 1}: mend generation_config.json or tokenizer_config.json"
+        )
 
 
 def module_folder(folder: Path, module: Module) -> Path:
@@ -170,6 +183,12 @@ def verify_files(folder: Path, family: Family, name: str, *, fresh: bool = False
         f"module {name!r} changed: family.json has digest {module.digest[:12]}, its files have {now[:12]}. "
         f"Members tuned with it ({', '.join(users) or 'none'}) would answer wrongly; {mend}"
     )
+
+
+def refuse_broken(folder: Path, module: Module) -> None:
+    """Refuse a module whose own files hold numbers that are none. Reads every byte."""
+    path = module_folder(folder, module)
+    refuse_not_finite(weight_files(path) if module.base is None else [adapter_file(path)])
 
 
 def verify_member(family: Family, name: str) -> None:

@@ -14,6 +14,7 @@ from heliostat.build import (
     load_tokenizer,
     modules_of,
     read_family,
+    refuse_broken,
     verify_files,
     verify_member,
 )
@@ -58,9 +59,12 @@ def check_family(
         family.member(name)
     if sharing is not None:
         choose(sharing, SHARINGS, what="sharing")
-    files = list(_files(folder, family))
-    yield from files
-    if not all(finding.ok for finding in files):
+    modules, strangers = list(_modules(folder, family)), list(_strangers(family))
+    yield from (*modules, *strangers)
+    names = [name for name in names if f"member {name}" not in {finding.name for finding in strangers}]
+    if not all(finding.ok for finding in modules):
+        if names:
+            yield Finding("members", False, f"not tried ({', '.join(names)}): mend what is above first")
         return
     try:
         tokenizer = load_tokenizer(folder, family)
@@ -75,15 +79,21 @@ def check_family(
             yield from _as_other(folder, family, name, sharing, tokenizer, data=data, metric=metric)
 
 
-def _files(folder: Path, family: Family) -> Iterator[Finding]:
+def _modules(folder: Path, family: Family) -> Iterator[Finding]:
+    """Every module, by its files."""
     for name, module in family.modules.items():
         try:
             verify_files(folder, family, name, fresh=True)
+            refuse_broken(folder, module)
             yield Finding(
                 f"module {name}", True, f"{module.parameters:,} parameters, digest {module.digest[:12]}"
             )
         except Refused as error:
             yield Finding(f"module {name}", False, str(error))
+
+
+def _strangers(family: Family) -> Iterator[Finding]:
+    """Members that were tuned with other weights than their rows name now."""
     for name in family.members:
         try:
             verify_member(family, name)

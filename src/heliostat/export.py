@@ -22,6 +22,7 @@ from heliostat.build import (
     module_folder,
     new_module_folder,
     read_family,
+    refuse_broken,
     verify_module,
     write_family,
 )
@@ -241,9 +242,12 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
         try:
             module = describe_module(folder, own, path, base=BASE if adapter else None, family=family)
             grown = family.with_module(module)
+            refuse_broken(folder, module)
             _try(folder, grown, own)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder / path, ignore_errors=True)
+            if isinstance(error, Refused):  # the copy is gone: it is the source that must be mended
+                raise Refused(str(error).replace(str(folder / path), str(source))) from error
             raise
         row = Row(**{part: own if who == "own" else BASE for part, who in parts.items()})
         digests = {name: grown.module(name).digest for name in row.modules}

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from heliostat.build import (
     Loaded,
@@ -74,6 +75,16 @@ def test_a_family_is_not_made_where_one_is_or_of_what_does_not_fit(
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 299}))
     with pytest.raises(Refused, match="the tokenizer has 300 tokens, the model only 299"):
+        init_family(tmp_path / "new", small)
+    (small / "config.json").write_text(json.dumps(config))
+    (small / "generation_config.json").write_text('{"eos_token_id": 99999}')
+    with pytest.raises(Refused, match=r"eos_token_id 99999 is no token of the model, whose ids are 0 to"):
+        init_family(tmp_path / "new", small)
+    (small / "generation_config.json").unlink()
+    tensors = load_file(small / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, small / "model.safetensors")
+    with pytest.raises(Refused, match=r"model.safetensors: model.norm.weight holds 1 numbers that are not"):
         init_family(tmp_path / "new", small)
     assert not (tmp_path / "new").exists()
 

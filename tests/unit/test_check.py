@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from heliostat import check
-from heliostat.build import Loaded, load_modules, load_tokenizer, modules_of, read_family, write_family
+from heliostat.build import (
+    Loaded,
+    load_modules,
+    load_tokenizer,
+    module_digest,
+    modules_of,
+    read_family,
+    write_family,
+)
 from heliostat.check import AGREE, Finding, check_family, spoken_log_probabilities
 from heliostat.errors import Refused
 from heliostat.family import Family
@@ -44,11 +53,28 @@ def test_a_changed_byte_is_found_even_behind_an_old_time(tiny_family: Path, spoi
     flip(path)
     findings = found(tiny_family)
     wrong = {name for name, finding in findings.items() if not finding.ok}
-    assert wrong == {f"module {spoiled}"}  # an adapter on it is named there, by its member
+    assert wrong == {f"module {spoiled}", "members"}  # an adapter on it is named there, by its member
+    assert "not tried (solo, math, code, plan)" in findings["members"].text
     told = findings[f"module {spoiled}"].text
     assert "its files have" in told and ("heliostat init" in told) == (spoiled == "base")
     assert ("code, math, plan" in told) == (spoiled == "base")
     assert "tokenizer" not in findings and "member math" not in findings  # nothing is run with such weights
+
+
+@pytest.mark.parametrize("broken", ["base", "plan.own"])
+def test_numbers_that_are_none_are_a_finding(tiny_family: Path, broken: str) -> None:
+    family = read_family(tiny_family)
+    (path,) = (tiny_family / family.module(broken).path).glob("*.safetensors")
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[3] = torch.nan
+    save_file(tensors, path)
+    digest = module_digest(tiny_family, family, broken, fresh=True)
+    data = family.to_json()
+    data["modules"][broken]["digest"] = digest
+    write_family(tiny_family, Family.from_json(data))
+    told = found(tiny_family)[f"module {broken}"]
+    assert not told.ok and f"{name} holds 1 numbers that are not finite" in told.text
 
 
 def test_a_missing_file_is_a_finding(tiny_family: Path) -> None:

@@ -12,14 +12,14 @@ import typer
 from heliostat.cli.answering import CacheMib, Dtype, Member
 from heliostat.cli.printing import Family, Json, note, percent, print_json, print_samples, print_table
 from heliostat.family import choose
-from heliostat.tasks.grade import METRICS
+from heliostat.tasks.grade import DEFAULT_METRIC, METRICS, METRICS_SHOWN
 
 
 def grade_member(
     family: Family,
     data: Annotated[Path, typer.Option(help="Held-out prompts with answers, jsonl.", show_default=False)],
     member: Member = "base",
-    metric: Annotated[str, typer.Option(help=f"How an answer is judged: {', '.join(METRICS)}.")] = METRICS[0],
+    metric: Annotated[str, typer.Option(help=f"How an answer is judged. {METRICS_SHOWN}.")] = DEFAULT_METRIC,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many.", show_default="all")
     ] = None,
@@ -29,7 +29,7 @@ def grade_member(
     as_json: Json = False,
 ) -> None:
     """Answers are greedy. The family remembers a member's accuracy; `heliostat inspect` shows it."""
-    choose(metric, dict.fromkeys(METRICS), what="metric")
+    choose(metric, METRICS, what="metric")
     from heliostat.llm import LLM
     from heliostat.train.evaluate import evaluate
     from heliostat.train.tune import note_evaluation

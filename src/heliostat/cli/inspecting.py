@@ -12,7 +12,7 @@ from heliostat.cli.printing import Family, Json, percent, print_json, print_next
 from heliostat.errors import Refused
 from heliostat.family import PARTS, SHARINGS, choose
 from heliostat.files import readable_size
-from heliostat.tasks.grade import METRICS
+from heliostat.tasks.grade import METRICS, METRICS_SHOWN
 
 if TYPE_CHECKING:
     from heliostat.check import Finding
@@ -108,7 +108,7 @@ def check(
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help=f"With --data, also accuracy: {', '.join(METRICS)}.", show_default=False),
+        typer.Option(help=f"With --data, also accuracy. {METRICS_SHOWN}.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -116,7 +116,7 @@ def check(
     if as_sharing is not None:
         choose(as_sharing, SHARINGS, what="sharing")
     if metric is not None:
-        choose(metric, dict.fromkeys(METRICS), what="metric")
+        choose(metric, METRICS, what="metric")
     if (data or metric) and as_sharing is None:
         raise Refused(f"--{'data' if data else 'metric'} is for --as SHARING, which is missing")
     from heliostat.check import check_family

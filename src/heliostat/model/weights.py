@@ -83,6 +83,15 @@ def read_shapes(files: Iterable[Path]) -> Iterator[tuple[str, tuple[int, ...]]]:
             raise Refused(f"{file} is damaged or not safetensors: {error}") from error
 
 
+def refuse_not_finite(files: Iterable[Path]) -> None:
+    """Refused, by file and tensor, where weights hold numbers that are none. Reads every byte."""
+    for file in files:
+        for name, tensor in read_tensors([file]):
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                count = int((~tensor.isfinite()).sum())
+                raise Refused(f"{file}: {name} holds {count} numbers that are not finite (nan or infinite)")
+
+
 def load_transformer(
     folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu"
 ) -> Transformer:

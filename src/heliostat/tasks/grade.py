@@ -6,7 +6,14 @@ from typing import Any
 
 from heliostat.errors import Refused
 
-METRICS = ("exact", "contains", "command")
+METRICS = {
+    "exact": "the same text",
+    "contains": "the final answer stands in it",
+    "command": "the same JSON value",
+}
+"""Name -> what is right by it, for people; ``grade`` says it in full."""
+DEFAULT_METRIC = "exact"
+METRICS_SHOWN = "; ".join(f"{name}: {right}" for name, right in METRICS.items())
 _MARK = re.compile(r"answer\s*(?:is\s*)?:|####", re.IGNORECASE)
 
 

@@ -169,7 +169,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     if not raw.strip():
         raise Refused("empty line")
     try:
-        item = json.loads(raw.decode("utf-8"))
+        item = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise Refused(f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}") from error
     except json.JSONDecodeError as error:
@@ -180,6 +180,15 @@ def _parse(raw: bytes) -> dict[str, Any]:
     if not isinstance(item, dict):
         raise Refused(f"not a JSON object but {_kind(item)}{_ONE_LIST if isinstance(item, list) else ''}")
     return item
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each key of which is there once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(other == key for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return found
 
 
 def _detect(item: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, choose, sharing_named
-from heliostat.tasks.grade import METRICS
+from heliostat.tasks.grade import DEFAULT_METRIC, METRICS, METRICS_SHOWN
 
 Auto = Literal["auto"]
 Tuner = Literal["full", "lora"]
@@ -170,7 +170,7 @@ class Recipe(Pace):
     """Fill rows of max_length with several documents. For text records only."""
     skip_bad: bool = False
     """Leave out lines that cannot be read, and count them, instead of refusing the run."""
-    metric: str = Field(METRICS[0], description=f"How answers to eval_data are graded: {', '.join(METRICS)}.")
+    metric: str = Field(DEFAULT_METRIC, description=f"How answers to eval_data are graded. {METRICS_SHOWN}.")
 
     @model_validator(mode="before")
     @classmethod
@@ -184,7 +184,7 @@ class Recipe(Pace):
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
         sharing_named(self.sharing)
-        choose(self.metric, dict.fromkeys(METRICS), what="metric")
+        choose(self.metric, METRICS, what="metric")
         if self.packing:
             raise Refused(
                 "packing true: tuning groups examples by length instead; only `heliostat pretrain` packs rows"

@@ -15,6 +15,8 @@ from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.data import Examples, answered_by, question_ids, sift
 from heliostat.train.formats import BadLine, scan
 
+MOST_UNENDED = 0.1
+"""Share of answers that may come to no end, of those that were to: beyond it the limit is wrong, not the prompts."""
 CACHE_MIB = 1024
 """Most memory for the pages of the teacher while it answers; gone before anything is trained."""
 
@@ -30,7 +32,8 @@ def taught_examples(
 ) -> Examples:
     """Prompts of a jsonl file with the teacher's greedy answers.
 
-    An answer that is cut by ``max_length``, or by what CACHE_MIB holds where that is less, is left out.
+    An answer that is cut by ``max_length``, or by what CACHE_MIB holds where that is less, is left out; Refused
+    where these are more than MOST_UNENDED of all, unless ``too_long="skip"``.
     """
     longest = min(max_length, longest_that_fits(teacher.model, cache_mib=CACHE_MIB))
     asked = questions(path, tokenizer, max_length=max_length, skip_bad=skip_bad, too_long=too_long)
@@ -52,8 +55,14 @@ def taught_examples(
             examples.append(answered_by(ids, answer.ids))
         else:
             long.append(BadLine(line, f"the teacher's answer did not end within {longest} tokens"))
+    limit, unended = _limit(longest, max_length), len(fitting) - len(examples)
     if not examples:
-        raise Refused(f"{path}: the teacher ended no answer within {_limit(longest, max_length)}")
+        raise Refused(f"{path}: the teacher ended no answer within {limit}")
+    if too_long == "refuse" and unended > MOST_UNENDED * len(fitting):
+        raise Refused(
+            f"{path}: {unended} of {len(fitting)} answers of the teacher did not end within {limit}: raise "
+            "max_length, or say --too-long skip to learn from the others alone"
+        )
     return Examples(Path(path), asked.format, tuple(examples), asked.bad, tuple(long))
 
 

@@ -116,6 +116,10 @@ def test_byte_order_mark_line_ends_and_blank_end(tmp_path: Path) -> None:
     [
         (b"", "empty line"),
         (b'{"prompt": "a", ', "malformed JSON: .* at position"),
+        (
+            b'{"prompt": "a", "completion": "b", "prompt": "c"}',
+            "malformed JSON: the key 'prompt' occurs twice",
+        ),
         (b"nonsense", "malformed JSON: Expecting value at position 1"),
         (b'{"prompt": "\xff"}', "not UTF-8: byte 0xff at position 13"),
         (b"[" * 100_000, "malformed JSON"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,33 @@ def test_what_the_teacher_does_not_end_or_cannot_read_is_left_out_or_refused(
     found = taught_examples(prompts, tokenizer, teacher, max_length=64, too_long="skip")
     assert 25 in [bad.line for bad in found.too_long]
     assert len(found.examples) + len(found.too_long) == 25
+
+
+@pytest.mark.parametrize(("unended", "refused"), [(2, False), (3, True)])
+def test_a_limit_that_many_answers_break_is_refused_not_passed_over(
+    prompts: Path,
+    teacher: Loaded,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    unended: int,
+    refused: bool,
+) -> None:
+    whole = LLM.generate
+
+    def cut(self: LLM, *given: Any, **options: Any) -> list[Any]:
+        answers = whole(self, *given, **options)
+        return [replace(answer, finish_reason="length") for answer in answers[:unended]] + answers[unended:]
+
+    monkeypatch.setattr(LLM, "generate", cut)
+    if refused:
+        with pytest.raises(
+            Refused, match=r"3 of 24 answers .* did not end within max_length 64: .*--too-long skip"
+        ):
+            taught_examples(prompts, tokenizer, teacher, max_length=64)
+    found = taught_examples(
+        prompts, tokenizer, teacher, max_length=64, too_long="skip" if refused else "refuse"
+    )
+    assert len(found.examples) == 24 - unended and len(found.too_long) == unended
 
 
 def test_what_memory_does_not_hold_is_left_out_and_counted(
