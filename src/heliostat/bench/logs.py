@@ -117,7 +117,7 @@ def read_log(path: str | Path, *, tokenize: Tokenize | None = None, skip_bad: bo
                     fields = json.loads(line)
                     if isinstance(fields, dict) and "event" in fields:
                         source = "server"
-                        served = _served(fields)
+                        served = list(_served(fields))
                         found += served
                         others += not served
                     else:

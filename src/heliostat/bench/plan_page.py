@@ -106,11 +106,10 @@ def write_report(path: Path, plan: Plan, birth: Mapping[str, Any]) -> Path:
     if plan.counted:
         prefill = {c.case: float(c.prefill) for c in plan.counted}
         parts.append(bars(prefill, title="prompt tokens that have to run", unit="tokens"))
-        kept = {c.case: float(c.kept if c.peak is None else c.peak) for c in plan.counted}
-        what = "tokens of keys and values: " + (
-            "most in flight" if plan.counted[0].peak is not None else "all that is kept"
-        )
-        parts.append(bars(kept, title=what, unit="tokens"))
+        peaks = {c.case: float(c.peak) for c in plan.counted if c.peak is not None}
+        if peaks:
+            title = "keys and values that requests in flight held at most"
+            parts.append(bars(peaks, title=title, unit="tokens"))
     if plan.windows:
         parts.append(_over_time(plan))
     parts += [_explained(), footer(birth)]

@@ -44,8 +44,8 @@ class Saving:
 
     sharing: str
     prefill: float
-    kept: float
     peak: float | None
+    """Keys and values that requests in flight held at most."""
     batch: float | None
     """Requests that a pass of decoding answers, times those of separate models."""
     rows: float
@@ -175,20 +175,18 @@ def savings_of(found: Sequence[Counted]) -> list[Saving]:
 
 def _saving(counted: Counted, apart: Counted) -> Saving:
     prefill = _less(counted.prefill, apart.prefill)
-    kept = _less(counted.kept, apart.kept)
     peak = None if counted.peak is None or not apart.peak else _less(counted.peak, apart.peak)
     batch = counted.batch / apart.batch if counted.batch and apart.batch else None
     rows = counted.answer_rows / apart.answer_rows if apart.answer_rows else 1.0
-    worth = max(prefill, peak if peak is not None else kept) >= WORTH or (batch or 0) >= WORTH_BATCH
+    worth = max(prefill, peak or 0.0) >= WORTH or (batch or 0.0) >= WORTH_BATCH
     says = [_says(prefill, "prefill tokens")]
-    says.append(
-        _says(peak, "keys and values in flight") if peak is not None else _says(kept, "pages to keep")
-    )
+    if peak is not None:
+        says.append(_says(peak, "keys and values in flight"))
     if batch is not None and batch >= 1.05:
         says.append(f"a pass of decoding answers {batch:.1f}x the requests")
     if rows > 1:
         says.append(f"{rows:.1f}x the rows of answers")
-    return Saving(counted.case, prefill, kept, peak, batch, rows, worth, "; ".join(says))
+    return Saving(counted.case, prefill, peak, batch, rows, worth, "; ".join(says))
 
 
 def _less(value: float, than: float) -> float:

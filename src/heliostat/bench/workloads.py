@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 from heliostat.errors import Refused
 
 T = TypeVar("T")
-RolePlace = Literal["first", "last"]
+RolePlace = Literal["first", "last", "kept"]
 Assignment = Literal["cast", "rotate", "draw"]
 
 MARKS = range(32, 96)
@@ -72,7 +72,8 @@ class Load:
     width: int = 3
     """Branches of a fan-out."""
     role_place: RolePlace = "last"
-    """``last``: behind the common context, which sharing needs; ``first``: in front, as most agents have it."""
+    """``first``: in front, as most agents have it; ``last``: behind the common context, and not there in the next
+    call; ``kept``: behind it, and a part of it from then on, so that answers come back where they were said."""
     popularity: float = 0.0
     """Exponent of Zipf's law over the members in their order; 0: all alike."""
     assignment: Assignment = "cast"
@@ -88,7 +89,7 @@ class Load:
             raise Refused(f"members are {', '.join(self.members) or 'none'}: give each once, at least one")
         if self.workflow not in WORKFLOWS:
             raise Refused(f"no workflow {self.workflow!r}; there is: {', '.join(WORKFLOWS)}")
-        _choice("role_place", self.role_place, ("first", "last"))
+        _choice("role_place", self.role_place, ("first", "last", "kept"))
         _choice("assignment", self.assignment, ("cast", "rotate", "draw"))
         _check("rate", self.rate, least=1e-9)
         _check("sessions", self.sessions, least=1)
@@ -204,7 +205,10 @@ class Draft:
 
     def say(self, task: str, *, share: float = 1.0, pause: bool = False) -> None:
         """The next call, behind all that were made; its answer becomes a part of the context."""
-        self.hear(self.ask(task, share=share, pause=pause))
+        call = self.ask(task, share=share, pause=pause)
+        if self.load.role_place == "kept" and self.load.lengths.role:
+            self.context.append(call.prompt[-1])
+        self.hear(call)
 
     def ask(self, task: str, *, share: float = 1.0, pause: bool = False, branch: int | None = None) -> Call:
         """A call over the context as it is; its answer is ``share`` of the usual length."""

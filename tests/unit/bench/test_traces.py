@@ -18,7 +18,10 @@ LINES: list[dict[str, Any]] = [
     {"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [0, 9]},
     {"timestamp": 2500, "input_length": 1600, "output_length": 30, "hash_ids": [0, 1, 3, 4]},
 ]
-AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\r\n2023-11-16 18:17:03.9799600,4808,10\r\n2023-11-16 18:17:04.4799600,3180,8\r\n"
+AZURE = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+    "2023-11-16 18:17:03.9799600,4808,10\r\n2023-11-16 18:17:04.4799600,3180,8\r\n"
+)
 
 
 def written(folder: Path, text: str) -> Path:

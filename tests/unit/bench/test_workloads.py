@@ -35,7 +35,7 @@ loads = st.builds(
     lengths=st.builds(Lengths, context=st.integers(1, 30), role=st.integers(0, 9), answer=st.integers(1, 9)),
     turns=st.integers(1, 3),
     width=st.integers(1, 4),
-    role_place=st.sampled_from(["first", "last"]),
+    role_place=st.sampled_from(["first", "last", "kept"]),
     popularity=st.floats(0, 2),
     assignment=st.sampled_from(["cast", "rotate", "draw"]),
     switch=st.floats(0, 1),
@@ -104,6 +104,16 @@ def test_a_role_in_front_parts_members_at_their_first_token_and_behind_it_parts_
         planner, actor = session.calls[:2]
         shared = common(prompt_ids(planner, {}), prompt_ids(actor, {}))
         assert shared == (0 if place == "first" else SHORT.context)
+
+
+def test_a_role_that_is_kept_stands_before_the_answer_it_asked_for() -> None:
+    (session,) = sessions(load(sessions=1, role_place="kept"))
+    planner, actor = session.calls[:2]
+    assert (
+        actor.prompt[: len(planner.prompt)] == planner.prompt
+        and actor.prompt[len(planner.prompt)].answer_of == 0
+    )
+    assert declared_common(planner, actor) == len(prompt_ids(planner, {}))
 
 
 def test_arrivals_are_a_poisson_process_of_the_rate() -> None:
