@@ -69,7 +69,7 @@ def _curve(
     line = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8"{dash} points="{path}"/>'
     if len(points) == 1:
         x, y = path.split(",")
-        line = f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>'
+        line += f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>'
     return line + _key(number, name, colour)
 
 
