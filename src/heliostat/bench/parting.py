@@ -87,7 +87,7 @@ def moved(log: Log, cases: Sequence[Case], *, size: int = PAGE) -> Moved | None:
         role = logged.role
         if role is None and (role := guesses.get(logged.member, 0)):
             guessed = True
-        changed.append(_behind(logged, role))
+        changed.append(_behind(logged, role or 0))
         if role:
             lengths.setdefault(logged.member, Counter())[-(-role // WIDTH)] += 1
     if not lengths:

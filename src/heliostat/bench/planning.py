@@ -108,8 +108,9 @@ def balance(requests: Sequence[Logged]) -> dict[str, float]:
         "answer_tokens": answer,
         "prompt_median": median(logged.prompt_tokens for logged in requests),
         "answer_median": median(logged.answer_tokens for logged in requests),
-        "prompt_per_answer": prompt / answer if answer else float("inf"),
     }
+    if answer:
+        found["prompt_per_answer"] = prompt / answer
     if all(logged.cached_tokens is not None for logged in requests):
         found["cached_tokens"] = sum(logged.cached_tokens or 0 for logged in requests)
     return found
@@ -124,15 +125,16 @@ def windows(log: Log) -> tuple[Window, ...]:
     came: list[Counter[str]] = [Counter() for _ in range(WINDOWS)]
     for logged in log.requests:
         came[min(WINDOWS - 1, int((logged.time - first) / width))][logged.member] += 1
-    busy = _busy(log, first, width) if log.with_seconds else [(None, None)] * WINDOWS
+    busy = _busy(log, first, width) if log.with_seconds else None
     return tuple(
         Window(
-            n * width,
-            came[n].total() / width,
-            *busy[n],
-            max(came[n].values()) / came[n].total() if came[n] else 0.0,
+            start=n * width,
+            rate=counts.total() / width,
+            in_flight=busy[n][0] if busy else None,
+            members_busy=busy[n][1] if busy else None,
+            top_share=max(counts.values()) / counts.total() if counts else 0.0,
         )
-        for n in range(WINDOWS)
+        for n, counts in enumerate(came)
     )
 
 

@@ -172,7 +172,7 @@ class _Asked:
         command = shlex.join(["heliostat", *sys.argv[1:]])
         facts = {**told, "pass_as": "ids" if self.passing.as_ids else "text", "plain": self.manner.plain}
         job = Job(command, facts, members, runs, self.manner, self.passing, self.limits, self.out)
-        with _progress(job, silent=as_json) as tell:
+        with _Progress(job, silent=as_json) as tell:
             results = measure(job, tell=tell)
         if as_json:
             print_json(results)
@@ -199,7 +199,7 @@ def _numbers(text: str, name: str) -> list[float]:
     return found
 
 
-class _progress:
+class _Progress:
     """A bar with what was answered, met and failed so far; nothing where nobody looks."""
 
     def __init__(self, job: Job, *, silent: bool) -> None:
