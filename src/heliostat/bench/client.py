@@ -163,10 +163,8 @@ class Client:
 
 async def _heard(reply: httpx2.Response, record: Record, answer: Answer) -> None:
     """Listen to a stream; the record's outcome is then what came of it."""
-    clock = asyncio.get_running_loop().time
     done = ended = False
-    async for data in _events(reply):
-        now = clock()
+    async for now, data in _events(reply):
         if data == "[DONE]":
             done = True
             continue
@@ -185,6 +183,7 @@ async def _heard(reply: httpx2.Response, record: Record, answer: Answer) -> None
                 answer.ids = [*(answer.ids or ()), *ids]
             if text or ids:
                 record.chunks += 1
+                record.moments += now != record.last
                 record.first = now if record.first is None else record.first
             if text or ids or last:
                 record.last = now
@@ -200,19 +199,21 @@ async def _heard(reply: httpx2.Response, record: Record, answer: Answer) -> None
         record.outcome, record.told = ANSWERED, ""
 
 
-async def _events(reply: httpx2.Response) -> AsyncIterator[str]:
-    """Data of server-sent events; comments and other fields are passed over."""
-    rest = b""
+async def _events(reply: httpx2.Response) -> AsyncIterator[tuple[float, str]]:
+    """(when its bytes were there, data) of server-sent events; comments and other fields are passed over."""
+    clock = asyncio.get_running_loop().time
+    rest, now = b"", clock()
     async for part in reply.aiter_bytes():
+        now = clock()
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].decode("utf-8", "replace").strip()
+                yield now, line[5:].decode("utf-8", "replace").strip()
         if len(rest) > LONGEST_LINE:
-            yield "an event that does not end"
+            yield now, "an event that does not end"
             rest = b""
     if rest.startswith(b"data:"):
-        yield rest[5:].decode("utf-8", "replace").strip()
+        yield now, rest[5:].decode("utf-8", "replace").strip()
 
 
 def _object(data: str) -> dict[str, Any] | None:

@@ -76,12 +76,12 @@ def warnings(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> l
             )
         if asked["stand_ins"]:
             found.append(
-                f"{_name(run)}: {asked['stand_ins']} answers went on as stand-ins, because the server tells no ids: "
+                f"{_name(run)}: prompts held stand-ins for {asked['stand_ins']} answers, because the server tells no ids: "
                 "reuse of answers is not measured"
             )
         if asked["bundled"]:
             found.append(
-                f"{_name(run)}: {asked['bundled']} answers came in few pieces of many tokens: their first text is not "
+                f"{_name(run)}: {asked['bundled']} answers came many tokens at a time: their first text is not "
                 "their first token, and their seconds a token are not those of the server"
             )
         if asked["short"]:

@@ -122,7 +122,7 @@ def _over_time(plan: Plan) -> str:
     if plan.windows[0].in_flight is not None:
         series["requests in flight"] = [(w.start, w.in_flight or 0.0) for w in plan.windows]
         series["members busy"] = [(w.start, w.members_busy or 0.0) for w in plan.windows]
-    shares = {"share of the member asked most": [(w.start, w.top_share) for w in plan.windows]}
+    shares = {"top member's share": [(w.start, w.top_share) for w in plan.windows]}
     return lines(series, title="over time", x="seconds", y="", y_from_zero=True, shares=shares)
 
 

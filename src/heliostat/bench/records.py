@@ -64,6 +64,8 @@ class Record:
     answer_tokens: int | None = None
     chunks: int = 0
     """Chunks that held text, or token ids."""
+    moments: int = 0
+    """Times at which such chunks came; several that came together are one."""
     bad_chunks: int = 0
     stand_ins: int = 0
     """Answers of earlier calls that its prompt holds stand-ins for."""
@@ -98,7 +100,7 @@ class Record:
     @property
     def bundled(self) -> bool:
         """Whether most tokens came together with others: when each was there, nobody can tell then."""
-        return 2 * self.chunks < self.tokens
+        return 2 * self.moments < self.tokens
 
     @property
     def lag(self) -> float:

@@ -1,8 +1,10 @@
 """The client against servers that behave, and that break in every way there is: nothing raises, all is counted."""
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx2
 import pytest
 
 from heliostat.bench.client import Answer, Asking, Client, Manner
@@ -48,6 +50,7 @@ def test_an_answer_with_all_that_a_server_may_tell() -> None:
     assert (found.prompt_tokens, found.answer_tokens, found.cached_tokens) == (30, 3, 16)
     assert found.sent is not None and found.first is not None and found.last is not None
     assert found.sent <= found.first <= found.last <= found.end
+    assert found.moments == 1 and found.bundled, "all of it came at once"
     (body,) = bodies
     assert (
         body["ignore_eos"] and body["stream_options"] == {"include_usage": True} and body["max_tokens"] == 8
@@ -76,6 +79,38 @@ def test_a_stream_that_comes_in_crumbs() -> None:
 
     found, answer = asked(say)
     assert (found.outcome, answer.text) == ("answered", "é")
+
+
+class Slowly(httpx2.AsyncByteStream, httpx2.AsyncBaseTransport):
+    """No socket: a second to the first part, half a second to each that follows."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = parts
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        await asyncio.sleep(0.5)
+        return httpx2.Response(200, stream=self)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for part in self.parts:
+            await asyncio.sleep(0.5)
+            yield part
+
+
+def test_times_are_those_at_which_bytes_were_there(virtually: Callable[..., Any]) -> None:
+    async def work(*parts: bytes) -> Record:
+        async with Client(Manner("http://there/v1"), transport=Slowly(*parts)) as client:
+            found = record()
+            await client.ask(ASKING, found)
+            return found
+
+    words = [event(chunk(word)) for word in "abc"]
+    end = event(LAST) + event(usage(3, 3)) + event(b"[DONE]")
+    one_by_one = virtually(work(*words, end))
+    assert (one_by_one.sent, one_by_one.first, one_by_one.last) == (0.0, 1.0, 2.5)
+    assert (one_by_one.tpot, one_by_one.moments, one_by_one.bundled) == (0.75, 3, False)
+    together = virtually(work(b"".join(words), end))
+    assert (together.first, together.chunks, together.moments, together.bundled) == (1.0, 3, 1, True)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +176,7 @@ def test_who_never_ends_is_given_up() -> None:
         await writer.drain()
         await asyncio.Event().wait()
 
-    found, _ = asked(say, timeout=0.2)
+    found, _ = asked(say, timeout=1.0)
     assert found.outcome == "timeout" and found.first is not None
 
 

@@ -13,7 +13,15 @@ def record(number: int = 0, *, outcome: str = "answered", **facts: Any) -> Recor
     """Due at its number; the first text after a second, ten more tokens a tenth each."""
     due = float(number)
     times: dict[str, Any] = {"sent": due, "first": due + 1.0, "last": due + 2.0, "end": due + 2.0}
-    given = {"prompt_tokens": 100, "cached_tokens": 64, "answer_tokens": 11, "chunks": 11, **times, **facts}
+    given = {
+        "prompt_tokens": 100,
+        "cached_tokens": 64,
+        "answer_tokens": 11,
+        "chunks": 11,
+        "moments": 11,
+        **times,
+        **facts,
+    }
     return Record(
         run=0,
         session=number,
@@ -72,7 +80,7 @@ def test_rates_hits_and_members() -> None:
 
 
 def test_a_server_that_tells_nothing() -> None:
-    silent = {"prompt_tokens": None, "cached_tokens": None, "answer_tokens": None, "chunks": 6}
+    silent = {"prompt_tokens": None, "cached_tokens": None, "answer_tokens": None, "chunks": 6, "moments": 6}
     found = summary(ran([record(n, **silent) for n in range(3)]), LIMITS)
     assert found["hits"]["ratio"] == {"why_not": "nothing was counted"}
     assert found["requests"]["without_usage"] == 3 and found["requests"]["short"] == 3
@@ -80,7 +88,7 @@ def test_a_server_that_tells_nothing() -> None:
 
 
 def test_tokens_that_came_in_one_piece_are_told() -> None:
-    found = summary(ran([record(0, chunks=2), record(1, chunks=6)]), LIMITS)
+    found = summary(ran([record(0, moments=2), record(1, moments=6)]), LIMITS)
     assert found["requests"]["bundled"] == 1
 
 
