@@ -113,7 +113,16 @@ def test_three_workflows_agree_with_the_server(address: str, tiny_family_made: P
 
 
 def test_text_that_comes_back_agrees_too(address: str, tmp_path: Path) -> None:
-    words = ["--url", f"{address}/v1", "--members", ",".join(MEMBERS), "--rate", 4, "--sessions", 10]
+    words: list[object] = [
+        "--url",
+        f"{address}/v1",
+        "--members",
+        ",".join(MEMBERS),
+        "--rate",
+        4,
+        "--sessions",
+        10,
+    ]
     words += ["--context", 8, "--role", 3, "--answer", 6, "--observation", 3, "--turns", 1, "--pause", 0.02]
     words += ["--assignment", "rotate", "--role-place", "kept"]
     bench("client", *words, "--out", tmp_path)

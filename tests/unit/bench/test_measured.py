@@ -80,7 +80,13 @@ def test_rates_hits_and_members() -> None:
 
 
 def test_a_server_that_tells_nothing() -> None:
-    silent = {"prompt_tokens": None, "cached_tokens": None, "answer_tokens": None, "chunks": 6, "moments": 6}
+    silent: dict[str, Any] = {
+        "prompt_tokens": None,
+        "cached_tokens": None,
+        "answer_tokens": None,
+        "chunks": 6,
+        "moments": 6,
+    }
     found = summary(ran([record(n, **silent) for n in range(3)]), LIMITS)
     assert found["hits"]["ratio"] == {"why_not": "nothing was counted"}
     assert found["requests"]["without_usage"] == 3 and found["requests"]["short"] == 3
