@@ -24,7 +24,7 @@ from tests.slow.process import MAIN, served
 pytestmark = pytest.mark.slow
 
 MEMBERS = ("solo", "math", "code", "plan")
-LENGTHS = ["--context", 40, "--role", 8, "--answer", 6, "--observation", 8, "--turns", 2, "--pause", 0.02]
+LENGTHS = "--context 40 --role 8 --answer 6 --observation 8 --pause 0.02"
 
 
 @pytest.fixture
@@ -78,28 +78,11 @@ def test_three_workflows_agree_with_the_server(address: str, tiny_family_made: P
     weights = {module.name: module.weights for module in family.modules.values()}
     for place, workflow in enumerate(("react", "reflexion", "fanout")):
         before, out = counters(address), tmp_path / workflow
-        words = [
-            "--url",
-            f"{address}/v1",
-            "--workflow",
-            workflow,
-            "--members",
-            ",".join(MEMBERS),
-            "--rate",
-            "4,8",
-        ]
-        words += [
-            "--sessions",
-            12,
-            "--seed",
-            place,
-            "--assignment",
-            "draw",
-            "--pass-as",
-            "ids",
-            "--keep-prompts",
-        ]
-        said = bench("client", *words, *LENGTHS, "--out", out)
+        words = (
+            f"--url {address}/v1 --workflow {workflow} --members {','.join(MEMBERS)} --rate 4,8 --sessions 12"
+        )
+        words += f" --seed {place} --assignment draw --pass-as ids --keep-prompts {LENGTHS} --turns 2"
+        said = bench("client", *words.split(), "--out", out)
         assert "report.html" in said
         after, results = counters(address), json.loads((out / "results.json").read_text(encoding="utf-8"))
         agree(results, before, after)
@@ -113,19 +96,9 @@ def test_three_workflows_agree_with_the_server(address: str, tiny_family_made: P
 
 
 def test_text_that_comes_back_agrees_too(address: str, tmp_path: Path) -> None:
-    words: list[object] = [
-        "--url",
-        f"{address}/v1",
-        "--members",
-        ",".join(MEMBERS),
-        "--rate",
-        4,
-        "--sessions",
-        10,
-    ]
-    words += ["--context", 8, "--role", 3, "--answer", 6, "--observation", 3, "--turns", 1, "--pause", 0.02]
-    words += ["--assignment", "rotate", "--role-place", "kept"]
-    bench("client", *words, "--out", tmp_path)
+    words = f"--url {address}/v1 --members {','.join(MEMBERS)} --rate 4 --sessions 10 --turns 1 --context 8 --role 3"
+    words += " --answer 6 --observation 3 --pause 0.02 --assignment rotate --role-place kept"
+    bench("client", *words.split(), "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     agree(results, {}, counters(address))
     assert results["runs"][0]["requests"]["stand_ins"] == 0
@@ -137,16 +110,7 @@ def test_text_that_comes_back_agrees_too(address: str, tmp_path: Path) -> None:
 def test_slices_of_traces(address: str, tmp_path: Path) -> None:
     for trace in sorted(Path(os.environ["HELIOSTAT_TRACES"]).iterdir()):
         before, out = counters(address), tmp_path / trace.name
-        words = [
-            "--trace",
-            trace,
-            "--url",
-            f"{address}/v1",
-            "--members",
-            ",".join(MEMBERS),
-            "--pass-as",
-            "ids",
-        ]
-        words += ["--limit", 120, "--scale", 0.005, "--max-length", 250, "--speed", 4]
-        bench("replay", *words, "--out", out)
+        words = f"--url {address}/v1 --members {','.join(MEMBERS)} --pass-as ids --limit 120 --scale 0.005"
+        words += " --max-length 250 --speed 4"
+        bench("replay", "--trace", trace, *words.split(), "--out", out)
         agree(json.loads((out / "results.json").read_text(encoding="utf-8")), before, counters(address))
