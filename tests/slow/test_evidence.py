@@ -111,6 +111,6 @@ def test_slices_of_traces(address: str, tmp_path: Path) -> None:
     for trace in sorted(Path(os.environ["HELIOSTAT_TRACES"]).iterdir()):
         before, out = counters(address), tmp_path / trace.name
         words = f"--url {address}/v1 --members {','.join(MEMBERS)} --pass-as ids --limit 120 --scale 0.005"
-        words += " --max-length 250 --speed 4"
+        words += " --max-length 250 --speed 20"
         bench("replay", "--trace", trace, *words.split(), "--out", out)
         agree(json.loads((out / "results.json").read_text(encoding="utf-8")), before, counters(address))
