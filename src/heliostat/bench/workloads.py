@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
 from typing import Literal, TypeVar
 
@@ -190,6 +190,22 @@ def _session(load: Load, number: int, start: float) -> Session:
     draft = Draft(load, random.Random(f"{load.seed}/session/{number}"))
     WORKFLOWS[load.workflow](draft)
     return Session(number, start, tuple(draft.calls))
+
+
+def respelled(made: Iterable[Session], nonce: str) -> list[Session]:
+    """The same sessions in other ids, one for one: a cache that has met them finds nothing of them again."""
+    dice = random.Random(f"nonce/{nonce}")
+    table = dict(zip(MARKS, dice.sample(MARKS, len(MARKS)), strict=True))
+    table |= zip(CONTENT, dice.sample(CONTENT, len(CONTENT)), strict=True)
+
+    def ids(before: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(table[token] for token in before)
+
+    def call(before: Call) -> Call:
+        prompt = tuple(replace(part, ids=ids(part.ids)) for part in before.prompt)
+        return replace(before, prompt=prompt, stand_in=ids(before.stand_in))
+
+    return [replace(session, calls=tuple(map(call, session.calls))) for session in made]
 
 
 class Draft:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ import typer
 
 from heliostat.bench.records import Limits
 from heliostat.bench.traces import Replay
-from heliostat.bench.workloads import Lengths, Load, popularity_named, sessions
+from heliostat.bench.workloads import Lengths, Load, popularity_named, respelled, sessions
 from heliostat.cli.failing import stop
 from heliostat.cli.options import given, options_of, taking
 from heliostat.cli.printing import Json, note, print_json, print_table
@@ -50,6 +51,13 @@ Keep = Annotated[
     bool,
     typer.Option("--keep-prompts", help="Keep prompts and answers in requests.jsonl, for heliostat plan."),
 ]
+Nonce = Annotated[
+    str | None,
+    typer.Option(
+        help="Spells the same sessions in other tokens, so that no cache has met them.",
+        show_default="a new one",
+    ),
+]
 KeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the API key.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for the results.", show_default="out/bench/ and the time")
@@ -70,6 +78,7 @@ def _client(
     pass_as: PassAs = "text",
     plain: Plain = False,
     keep_prompts: Keep = False,
+    nonce: Nonce = None,
     key_env: KeyEnv = "OPENAI_API_KEY",
     out: Out = None,
     as_json: Json = False,
@@ -84,7 +93,7 @@ def _client(
     facts, lengths, limits = _split(given(flags), Load, Lengths, Limits)
     rates = _numbers(rate, "rate")
     base = Load(members=("-",), popularity=popularity_named(popularity), lengths=Lengths(**lengths), **facts)
-    asked = _Asked(url, key_env, Limits(**limits), pass_as, plain, keep_prompts, out, base.seed)
+    asked = _Asked(url, key_env, Limits(**limits), pass_as, plain, keep_prompts, out, base.seed, nonce)
     load = replace(base, members=tuple(asked.members(members)))
 
     def runs() -> list[Planned]:
@@ -106,6 +115,7 @@ def _replay(
     pass_as: PassAs = "text",
     plain: Plain = False,
     keep_prompts: Keep = False,
+    nonce: Nonce = None,
     key_env: KeyEnv = "OPENAI_API_KEY",
     out: Out = None,
     as_json: Json = False,
@@ -121,7 +131,7 @@ def _replay(
     facts, limits = _split(given(flags), Replay, Limits)
     found = read_trace(trace)
     base = Replay(members=("-",), popularity=popularity_named(popularity), **facts)
-    asked = _Asked(url, key_env, Limits(**limits), pass_as, plain, keep_prompts, out, base.seed)
+    asked = _Asked(url, key_env, Limits(**limits), pass_as, plain, keep_prompts, out, base.seed, nonce)
     how = replace(base, members=tuple(asked.members(members)))
     runs, left_out = [], 0
     for number, times in enumerate(_numbers(speed, "speed")):
@@ -146,6 +156,7 @@ class _Asked:
         keep_prompts: bool,
         out: Path | None,
         seed: int,
+        nonce: str | None,
     ) -> None:
         from heliostat.bench.client import Manner
         from heliostat.bench.driving import Passing
@@ -153,6 +164,7 @@ class _Asked:
         if pass_as not in ("text", "ids"):
             raise Refused(f"pass-as is {pass_as!r}; allowed is text, ids")
         self.limits = limits
+        self.nonce = nonce or secrets.token_hex(4)
         self.manner = Manner(url, os.environ.get(key_env) or None, plain, limits.timeout, seed=seed)
         self.passing = Passing(pass_as == "ids", keep_prompts)
         self.out = out or Path("out/bench") / time.strftime("%Y%m%d-%H%M%S")
@@ -170,7 +182,13 @@ class _Asked:
         from heliostat.bench.measure import Job, measure
 
         command = shlex.join(["heliostat", *sys.argv[1:]])
-        facts = {**told, "pass_as": "ids" if self.passing.as_ids else "text", "plain": self.manner.plain}
+        facts = {
+            **told,
+            "nonce": self.nonce,
+            "pass_as": "ids" if self.passing.as_ids else "text",
+            "plain": self.manner.plain,
+        }
+        runs = [replace(planned, sessions=respelled(planned.sessions, self.nonce)) for planned in runs]
         job = Job(command, facts, members, runs, self.manner, self.passing, self.limits, self.out)
         with _Progress(job, silent=as_json) as tell:
             results = measure(job, tell=tell)

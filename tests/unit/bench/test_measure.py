@@ -64,6 +64,7 @@ def test_two_rates_and_their_files(heliostat: Heliostat, tmp_path: Path) -> None
     assert results["runs"][0]["hits"]["cached_tokens"] == 48
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert len(lines) == 24 and all(line["outcome"] == "answered" for line in lines)
+    assert results["load"]["nonce"]
     assert lines[0]["messages"] != lines[-1]["messages"], "a run finds nothing of the one before it"
     page = (tmp_path / "report.html").read_text()
     assert (

@@ -21,6 +21,7 @@ from heliostat.bench.workloads import (
     messages,
     popularity_named,
     prompt_ids,
+    respelled,
     sessions,
 )
 from heliostat.errors import Refused
@@ -80,6 +81,17 @@ def test_calls_go_on_from_what_was_said_before_and_end_in_its_stead(load: Load) 
             assert tuple(spoken) == call.after and all(number < call.number for number in spoken)
             assert call.answer_tokens == len(call.stand_in) >= 1
             assert all(token in CONTENT for token in call.stand_in)
+
+
+@given(loads, st.text(max_size=4))
+def test_another_spelling_begins_alike_as_far_and_no_cache_has_met_it(load: Load, nonce: str) -> None:
+    made = sessions(load)
+    other = respelled(made, nonce)
+    assert other == respelled(made, nonce) and other != respelled(made, nonce + "x")
+    one, two = ([prompt_ids(c, {}) for s in some for c in s.calls] for some in (made, other))
+    for place, (mine, theirs) in enumerate(zip(one, two, strict=True)):
+        assert len(mine) == len(theirs)
+        assert common(one[0], mine) == common(two[0], theirs), place
 
 
 @pytest.mark.parametrize(
