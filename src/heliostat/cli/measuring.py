@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from heliostat.bench.measure import Job, Planned
     from heliostat.bench.records import Record, Run
 
-bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Measure.")
+bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Measure a server under load.")
 
 Url = Annotated[
     str, typer.Option(help="Of any OpenAI server, with /v1: http://127.0.0.1:8000/v1", show_default=False)
