@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from heliostat.bench.measure import Job, Planned
     from heliostat.bench.records import Record, Run
 
-bench = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Measure a server under load.")
+bench = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Measure a server under load."
+)
 
 Url = Annotated[
     str, typer.Option(help="Of any OpenAI server, with /v1: http://127.0.0.1:8000/v1", show_default=False)
@@ -58,7 +60,10 @@ Nonce = Annotated[
         show_default="a new one",
     ),
 ]
-KeyEnv = Annotated[str, typer.Option(help="Environment variable that holds the API key.")]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option(help="Environment variable that holds the API key.", show_default="no key is sent"),
+]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for the results.", show_default="out/bench/ and the time")
 ]
@@ -79,7 +84,7 @@ def _client(
     plain: Plain = False,
     keep_prompts: Keep = False,
     nonce: Nonce = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
+    key_env: KeyEnv = None,
     out: Out = None,
     as_json: Json = False,
     **flags: Any,
@@ -116,7 +121,7 @@ def _replay(
     plain: Plain = False,
     keep_prompts: Keep = False,
     nonce: Nonce = None,
-    key_env: KeyEnv = "OPENAI_API_KEY",
+    key_env: KeyEnv = None,
     out: Out = None,
     as_json: Json = False,
     **flags: Any,
@@ -149,7 +154,7 @@ class _Asked:
     def __init__(
         self,
         url: str,
-        key_env: str,
+        key_env: str | None,
         limits: Limits,
         pass_as: str,
         plain: bool,
@@ -165,7 +170,7 @@ class _Asked:
             raise Refused(f"pass-as is {pass_as!r}; allowed is text, ids")
         self.limits = limits
         self.nonce = nonce or secrets.token_hex(4)
-        self.manner = Manner(url, os.environ.get(key_env) or None, plain, limits.timeout, seed=seed)
+        self.manner = Manner(url, _key(key_env), plain, limits.timeout, seed=seed)
         self.passing = Passing(pass_as == "ids", keep_prompts)
         self.out = out or Path("out/bench") / time.strftime("%Y%m%d-%H%M%S")
 
@@ -199,6 +204,15 @@ class _Asked:
             print(f"report: {self.out / 'report.html'}")
         if results["stopped"]:
             stop(f"stopped; what was measured is in {self.out}")
+
+
+def _key(variable: str | None) -> str | None:
+    """The API key, never part of a command line or a file; only where it was asked for is one sent."""
+    if variable is None:
+        return None
+    if not (key := os.environ.get(variable)):
+        raise Refused(f"the environment variable {variable} of --key-env is not set")
+    return key
 
 
 def _split(flags: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:

@@ -129,6 +129,7 @@ def test_ctrl_c_keeps_what_was_measured(heliostat: Heliostat, tmp_path: Path) ->
         (["--pass-as", "words"], "text, ids"),
         (["--ttft", "0"], "must be above 0"),
         (["--spread", "2"], "spread is 2"),
+        (["--key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY of --key-env is not set"),
     ],
 )
 def test_bad_input(heliostat: Heliostat, tmp_path: Path, words: list[str], told: str) -> None:
