@@ -21,21 +21,29 @@ def lines(
     y: str,
     y_from_zero: bool = False,
     shares: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    intervals: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> str:
     """A line chart; ``series`` maps a label to (x, y) points. Points that are not finite are left out.
 
-    ``shares``: series in [0, 1], drawn dashed over an axis of their own on the right.
+    ``shares``: series in [0, 1], drawn dashed over an axis of their own on the right. ``intervals``: (x, low, high)
+    of points of a series, drawn as whiskers. A series of one point is a dot.
     """
     left, right = _finite(series), _finite(shares or {})
+    whiskers = {
+        name: [edges for edges in spans if all(map(math.isfinite, edges))]
+        for name, spans in (intervals or {}).items()
+        if name in left
+    }
     every = [point for points in left.values() for point in points] or [(0.0, 0.0)]
     xs = [a for points in (*left.values(), *right.values()) for a, _ in points] or [0.0]
-    ys = [b for _, b in every]
+    ys = [b for _, b in every] + [y for spans in whiskers.values() for _, *ends in spans for y in ends]
     low = min(0.0, *ys) if y_from_zero else min(ys)
     margin = SHARES if right else RIGHT
     scale = _Scale(min(xs), max(xs), low, max(ys), margin)
     parts = [_frame(title, x, y, scale)]
     for name, points in left.items():
-        parts.append(_curve(scale, points, len(parts) - 1, name))
+        number = len(parts) - 1
+        parts.append(_curve(scale, points, number, name) + _whiskers(scale, whiskers.get(name, ()), number))
     if right:
         share = _Scale(min(xs), max(xs), 0.0, 1.0, margin)
         parts += [
@@ -59,7 +67,19 @@ def _curve(
     colour, dash = COLOURS[number % len(COLOURS)], ' stroke-dasharray="5 3"' if dashed else ""
     path = " ".join(f"{scale.x(a):.1f},{scale.y(b):.1f}" for a, b in points)
     line = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8"{dash} points="{path}"/>'
+    if len(points) == 1:
+        x, y = path.split(",")
+        line += f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>'
     return line + _key(number, name, colour)
+
+
+def _whiskers(scale: _Scale, spans: Sequence[tuple[float, float, float]], number: int) -> str:
+    colour = COLOURS[number % len(COLOURS)]
+    return "".join(
+        f'<line x1="{scale.x(x):.1f}" x2="{scale.x(x):.1f}" y1="{scale.y(low):.1f}" y2="{scale.y(high):.1f}" '
+        f'stroke="{colour}" stroke-width="1.2"/>'
+        for x, low, high in spans
+    )
 
 
 def bars(

@@ -19,6 +19,15 @@ POLICY = (
     "heliostat.engine.idle",
     "heliostat.engine.prefixes",
     "heliostat.engine.scheduler",
+    "heliostat.bench.counting",
+    "heliostat.bench.logs",
+    "heliostat.bench.measured",
+    "heliostat.bench.parting",
+    "heliostat.bench.planning",
+    "heliostat.bench.records",
+    "heliostat.bench.statistics",
+    "heliostat.bench.traces",
+    "heliostat.bench.workloads",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

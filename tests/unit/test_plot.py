@@ -160,3 +160,22 @@ def test_any_bars_are_a_picture(facts: dict[str, tuple[float, float, float]], un
         if "y" in rect.attrib:
             assert 0 <= float(rect.attrib["width"]) <= WIDTH
     parsed(bars(values, title="t", unit=unit))
+
+
+def test_whiskers_and_lonely_points() -> None:
+    root = parsed(
+        lines(
+            {"a": [(0, 1), (2, 3)], "b": [(1, 2)]},
+            title="t",
+            x="x",
+            y="y",
+            intervals={"a": [(0, 0.5, 1.5), (2, 2, 9), (1, math.nan, 2)], "gone": [(0, 0, 99)]},
+        )
+    )
+    drawn = [line for line in root.iter(f"{SVG}line") if "stroke" in line.attrib]
+    assert len(drawn) == 2 and all(line.attrib["x1"] == line.attrib["x2"] for line in drawn)
+    (dot,) = root.iter(f"{SVG}circle")
+    assert list(map(len, curves(root))) == [2, 1]
+    # The longest whisker is inside the picture: the scale knows of it.
+    assert min(float(line.attrib["y2"]) for line in drawn) >= TOP
+    assert LEFT <= float(dot.attrib["cx"]) <= WIDTH - RIGHT

@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def certificate(command: str, **more: Any) -> dict[str, Any]:
-    """Facts that belong beside every measured number; ``more`` is added (seeds, repetitions)."""
+    """Facts that belong beside every measured number; ``more`` is added (seeds, repetitions).
+
+    ``threads`` are torch's; None where it is not loaded, as in a client.
+    """
+    torch: Any = sys.modules.get("torch")
     return {
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "hardware": _hardware(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if torch else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("heliostat", "torch", "transformers")},
         **more,
@@ -54,5 +57,6 @@ def _hardware() -> str:
             if line.startswith("model name")
         ]
         name = models[0] if models else name
-    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    torch: Any = sys.modules.get("torch")
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch and torch.cuda.is_available() else ""
     return f"{os.cpu_count()} cores {name}{gpu}"

@@ -91,6 +91,7 @@ def footer(birth: Mapping[str, Any], seconds: float | None = None) -> str:
     """The birth certificate of a page's numbers."""
     took = f" in {seconds:.0f} s" if seconds is not None else ""
     versions = ", ".join(f"{name} {number}" for name, number in birth["versions"].items())
-    where = f"{escape(birth['hardware'])}, {birth['threads']} threads; commit {escape(birth['commit'])}"
+    threads = "" if birth["threads"] is None else f", {birth['threads']} threads"
+    where = f"{escape(birth['hardware'])}{threads}; commit {escape(birth['commit'])}"
     what = f"{escape(birth['date'])}; Python {escape(birth['python'])}, {escape(versions)}"
     return f"<footer><code>{escape(birth['command'])}</code>{took}; {where}; {what}</footer>"

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -57,13 +57,25 @@ def recipe_options(recipe: type[Pace]) -> Iterator[inspect.Parameter]:
 
 def sampling_options() -> Iterator[inspect.Parameter]:
     """An option for every field of Sampling; ``logit_bias`` is given as TOKEN=BIAS, once or several times."""
-    kinds, docs = get_type_hints(Sampling), attribute_docs(Sampling)
-    for field in dataclasses.fields(Sampling):
+    return options_of(Sampling, spelled={"logit_bias": (tuple[str, ...], "TOKEN=BIAS")})
+
+
+def options_of(
+    facts: type,
+    *,
+    without: Collection[str] = (),
+    spelled: Mapping[str, tuple[Any, str]] | None = None,
+) -> Iterator[inspect.Parameter]:
+    """An option for every field of a dataclass, but those ``without``; ``spelled``: (type, metavar) of some."""
+    kinds, docs = get_type_hints(facts), attribute_docs(facts)
+    for field in dataclasses.fields(facts):
+        if field.name in without:
+            continue
         unset = field.default in (dataclasses.MISSING, None, ())
         default = None if unset else _shown(field.default)
-        kind = tuple[str, ...] if field.name == "logit_bias" else kinds[field.name]
-        metavar = "TOKEN=BIAS" if field.name == "logit_bias" else None
-        yield _option(field.name, kind, help=docs.get(field.name), default=default, metavar=metavar)
+        kind, metavar = (spelled or {}).get(field.name, (kinds[field.name], None))
+        told = docs.get(field.name, "").replace("``", "")
+        yield _option(field.name, kind, help=told, default=default, metavar=metavar)
 
 
 def attribute_docs(cls: type) -> dict[str, str]:

@@ -48,6 +48,8 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "inspecting", "check", "Check that files are whole and that serving does as training did.", LOOK
     ),
+    "bench": Command("measuring", "bench", "Measure a server under load.", LOOK),
+    "plan": Command("planning", "plan", "Say from logs whether sharing would be worth it.", LOOK),
     "demo": Command("showing", "demo", "Tune one task in every way of sharing, and compare.", SHOW),
 }
 

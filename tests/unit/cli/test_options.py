@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import typer
 
+from heliostat.bench.records import Limits
+from heliostat.bench.traces import Replay
+from heliostat.bench.workloads import Lengths, Load
 from heliostat.cli import app
 from heliostat.cli.options import attribute_docs
 from heliostat.cli.training import recipe_of
@@ -13,6 +16,15 @@ from heliostat.engine.request import Sampling
 from heliostat.errors import Refused
 from heliostat.train.recipe import Pace, PretrainRecipe, Recipe
 from heliostat.train.spellings import SPELLINGS
+
+
+def test_every_field_of_a_load_is_an_option_of_bench() -> None:
+    measuring = typer.main.get_command(app).commands["bench"].commands  # type: ignore[attr-defined]
+    for name, kinds in {"client": (Load, Lengths, Limits), "replay": (Replay, Limits)}.items():
+        found = {p.name: p for p in measuring[name].params}
+        fields = {field for kind in kinds for field in kind.__dataclass_fields__} - {"lengths"}
+        assert fields <= set(found)
+        assert "[default: 120.0]" in found["timeout"].help and "``" not in found["assignment"].help
 
 
 def options(name: str) -> dict[str, Any]:
