@@ -59,10 +59,10 @@ def check_family(
         family.member(name)
     if sharing is not None:
         choose(sharing, SHARINGS, what="sharing")
-    modules, strangers = list(_modules(folder, family)), list(_strangers(family))
-    yield from (*modules, *strangers)
+    files, strangers = list(_modules(folder, family)), list(_strangers(family))
+    yield from (*files, *strangers)
     names = [name for name in names if f"member {name}" not in {finding.name for finding in strangers}]
-    if not all(finding.ok for finding in modules):
+    if not all(finding.ok for finding in files):
         if names:
             yield Finding("members", False, f"not tried ({', '.join(names)}): mend what is above first")
         return
