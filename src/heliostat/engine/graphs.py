@@ -34,7 +34,7 @@ class Graphs:
 
     def __init__(self, pool: PagePool, *, scratch: int, record: Record, worth: int = WORTH) -> None:
         """``scratch``: a page of the pool that no request is ever given."""
-        self._pool, self._scratch, self._record, self._worth = pool, scratch, record, worth
+        self._pool, self._scratch, self._record, self.worth = pool, scratch, record, worth
         self._size = pool.keys.shape[2]
         self._recorded: OrderedDict[Layout, _Recorded] = OrderedDict()  # the one used last at the end
         self._seen: Counter[Layout] = Counter()
@@ -75,7 +75,7 @@ class Graphs:
         if len(self._seen) > 16 * MOST_LAYOUTS:
             self._seen.clear()
         self._seen[layout] += 1
-        return self._seen[layout] >= self._worth
+        return self._seen[layout] >= self.worth
 
     def _begin(self, layout: Layout, found: _Recorded) -> bool:
         try:
