@@ -142,8 +142,8 @@ def _engines(engines: Mapping[str, Found]) -> list[str]:
     batches, lengths = own["decode"], own["prefill"]
     head = ["engine", *(f"decode, batch {b}" for b in batches), *(f"prompt of {n}" for n in lengths)]
     lines = [
-        f"Tokens a second. Decoding: prompts of {decode.PROMPT} tokens, the median time between {decode.STEPS} answer tokens.",
-        "Prompts: one at a time, to the first token. In brackets: how many times as fast heliostat is.",
+        f"Tokens a second. Decoding: prompts of {decode.PROMPT} tokens, the median time between {decode.STEPS} answer",
+        "tokens. Prompts: one at a time, to the first token. In brackets: how many times as fast heliostat is.",
         "",
         _row(head),
         _row(["---"] * len(head)),
@@ -175,7 +175,8 @@ def _parts(own: Found) -> list[str]:
     share = own["planning"] / own["busy"]
     lines = [
         "A step of heliostat beside its own parts: *bare* are its products and attention alone, each layer over pages of",
-        "its own; *memory* is one reading of all weights at the speed that reading reaches here. Less is better.",
+        "its own, called one by one, so that a whole step, which is one call, may take less; *memory* is one reading of all",
+        "weights at the speed that reading reaches here. Less is better.",
         f"Scheduling and laying out passes take {share:.1%} of a step at {decode.MOST_RUNNING} running requests.",
         "",
         "| batch | step, ms | step / bare | step / memory |",

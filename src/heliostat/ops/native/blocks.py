@@ -26,6 +26,9 @@ PARTS = (
 )
 """The weights of a block in the kernel's order: products of one input joined, norms of heads and biases where there are."""
 
+KEPT = 64
+"""Rows up to which the room of a call is kept for the next: decode steps, not prompts."""
+
 
 class _Weights(ctypes.Structure):
     _fields_ = [(part, ctypes.c_void_p) for part in PARTS]
@@ -93,12 +96,14 @@ class Blocks:
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], laid: Laid) -> None:
         """x [T, E] (contiguous, changed in place) through all blocks; ``angles``: cos and sin [T, 1, D]."""
-        rows = x.shape[0]
-        if self._room.numel() < rows * self._numbers:
-            self._room = x.new_empty(rows * self._numbers)
+        rows, room = x.shape[0], self._room
+        if room.numel() < rows * self._numbers:
+            room = x.new_empty(rows * self._numbers)
+            if rows <= KEPT:
+                self._room = room
         pages, slots = laid.keys.shape[1:3]
         shape = _Shape(*self._sizes, slots, pages * slots * self._sizes[3] * self._sizes[4])
-        parts = (x, self._room, *angles, laid.keys, laid.values, laid.writes, laid.slots)
+        parts = (x, room, *angles, laid.keys, laid.values, laid.writes, laid.slots)
         at = [part.data_ptr() for part in parts]
         asked = (laid.writes.numel(), laid.entries.laid(), self._eps)
         native.run_blocks(x, _Blocks(shape, ctypes.addressof(self._at), rows, *at, *asked))
