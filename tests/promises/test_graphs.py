@@ -172,7 +172,7 @@ def test_rows_of_entries_are_those_of_groups(modules: dict[str, Loaded], tokeniz
     asked: list[tuple[torch.Tensor, torch.Tensor]] = []
     plain = engine.runner._ask
 
-    def both(entries: list) -> object:  # type: ignore[type-arg]
+    def both(entries: list) -> object:
         rows, ask = engine.runner._row_pages(entries), plain(entries)
 
         def compared(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ FEWEST = 16
 
 
 @triton.jit
-def _kernel(
+def _kernel(  # type: ignore[no-untyped-def]
     q,
     keys,
     values,
@@ -41,7 +41,7 @@ def _kernel(
     width_padded: tl.constexpr,
     block: tl.constexpr,
     precision: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     row, head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = number * part
     last = tl.minimum(tl.load(visible + row), first + part)

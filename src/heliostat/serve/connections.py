@@ -66,7 +66,7 @@ class Connection(H11Protocol):
             await send(message)
 
         if scope["path"] in OPEN_PATHS:
-            await self._served(scope, receive, closing)  # type: ignore[arg-type]
+            await self._served(scope, receive, closing)
             return
         told = f"{self.most} connections are open, which is the most; try again soon"
         trouble = Trouble(503, told, code="too_many_connections", headers={"Retry-After": "1"})

@@ -60,8 +60,8 @@ def test_every_row_is_where_its_adapter_is_and_the_rest_is_scratch(each: Pass) -
     padding = set(range(layout.rows)) - set(found.places)
     assert {found.slots[place] // PAGE for place in padding} <= {SCRATCH}
     for place in padding:
-        row = found.pages[place * layout.pages : (place + 1) * layout.pages]
-        assert set(row) == {SCRATCH} and found.visible[place] == 1
+        pages = found.pages[place * layout.pages : (place + 1) * layout.pages]
+        assert set(pages) == {SCRATCH} and found.visible[place] == 1
 
 
 def decode(rows: int, seen: int = 1) -> Pass:
