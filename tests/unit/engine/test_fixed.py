@@ -8,12 +8,13 @@ from heliostat.engine.batch import Entry, Pass, Segment
 from heliostat.engine.fixed import ROWS, fill, layout_of
 
 PAGE, SCRATCH = 4, 99
+ADAPTERS: list[list[str | None]] = [[None], ["a"], [None, "a"], [None, "a", "b"], ["a", "b"]]
 
 
 @st.composite
 def passes(draw: st.DrawFn) -> Pass:
     """Decode passes: some adapters, one or two rows a request, some rows that only speak."""
-    adapters = draw(st.sampled_from([[None], ["a"], [None, "a"], [None, "a", "b"], ["a", "b"]]))
+    adapters = draw(st.sampled_from(ADAPTERS))
     made, free = Pass("base"), iter(range(90))
     waiting: list[Entry] = []
     for adapter in adapters:
