@@ -9,14 +9,16 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+VLLM := .venv-vllm/bin/python
+OPENVINO := .venv-openvino/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow check lint types format bench bench-gpu results docs clean
+.PHONY: help demo base test test-slow check lint types format bench bench-gpu vllm-env openvino-env results docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/heliostat/ops/native/*.cpp)
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/heliostat/ops/native/*.cpp src/heliostat/ops/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "heliostat needs Python 3.11 or newer, this is %s: make PYTHON=..." % sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,13 +52,22 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## a training step beside its cost model, decoding beside transformers
+bench: $(STAMP)  ## a training step beside its cost model; the engine beside transformers, and vLLM and OpenVINO where they are
 	$(BIN)/python -m heliostat.bench.step_time
-	$(BIN)/python -m heliostat.bench.decode
+	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
 
-bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, and decoding; writes docs/results/decode-gpu.md
+vllm-env: .venv-vllm/.stamp  ## .venv-vllm: vLLM for CPUs, in an environment of its own
+
+openvino-env: .venv-openvino/.stamp  ## .venv-openvino: OpenVINO GenAI, in an environment of its own
+
+.venv-vllm/.stamp .venv-openvino/.stamp: .venv-%/.stamp: scripts/peer_env.py
+	$(PYTHON) scripts/peer_env.py $* .venv-$*
+	@touch $@
+
+bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, decoding, attention, prefill; writes docs/results/gpu.md
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m heliostat.bench.decode --device cuda
+	$(BIN)/python -m heliostat.bench.gpu
 
 base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one core
 	$(BIN)/heliostat pretrain recipes/base.yaml

@@ -23,7 +23,7 @@ from heliostat.build import (
 from heliostat.engine.engine import Engine, Piece
 from heliostat.engine.grammar import Grammars
 from heliostat.engine.ledger import MIB, available_memory
-from heliostat.engine.plan import lay_out, plan_of
+from heliostat.engine.plan import Plan, plan_around, plan_of
 from heliostat.engine.remembered import Remembered
 from heliostat.engine.request import FinishReason, Matcher, Request, Sampling
 from heliostat.errors import Refused
@@ -96,12 +96,10 @@ class LLM:
             cache_mib=cache_mib,
             max_running=max_running,
         )
-        plan.ledger.refuse_over(available_memory(device) if memory_mib is None else memory_mib * MIB)
+        _refuse_too_large(plan, device, memory_mib)
         modules = load_modules(folder, self.family, needed, dtype=kind, device=device, joined=True)
         rows = {name: self.family.row(name) for name in names}
-        self._start(
-            modules, rows, load_tokenizer(folder, self.family), (plan.max_length, plan.pages), max_running
-        )
+        self._start(modules, rows, load_tokenizer(folder, self.family), plan, max_running)
 
     @classmethod
     def of(
@@ -113,13 +111,18 @@ class LLM:
         max_length: int | None = None,
         cache_mib: int = 256,
         max_running: int = 64,
+        memory_mib: int | None = None,
     ) -> LLM:
-        """An LLM around modules that are in memory already, as in training; ``rows`` are the members it knows."""
+        """An LLM around modules that are in memory already, as in training; ``rows`` are the members it knows.
+
+        Raises Refused where its pages and workspace do not fit beside them: into ``memory_mib``, or into what is left.
+        """
         self = cls.__new__(cls)
         self.family = Family({}, {}, tokenizer.digest)
         models = [module.model for module in modules.values()]
-        layout = lay_out(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
-        self._start(modules, rows, tokenizer, layout, max_running)
+        plan = plan_around(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
+        _refuse_too_large(plan, str(models[0].device), memory_mib)
+        self._start(modules, rows, tokenizer, plan, max_running)
         return self
 
     def _start(
@@ -127,12 +130,13 @@ class LLM:
         modules: Mapping[str, Loaded],
         rows: Mapping[str, Row],
         tokenizer: Tokenizer,
-        layout: tuple[int, int],
+        plan: Plan,
         max_running: int,
     ) -> None:
         self.rows, self.tokenizer = dict(rows), tokenizer
-        max_length, pages = layout
-        self.engine = Engine(modules, tokenizer, max_length=max_length, pages=pages, max_running=max_running)
+        self.engine = Engine(
+            modules, tokenizer, max_length=plan.max_length, pages=plan.pages, max_running=max_running
+        )
         self._numbers = count()
         self._grammars: Grammars | None = None
         self.remembered = Remembered()
@@ -245,6 +249,10 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise Refused(f"dtype {name!r}; allowed are auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _refuse_too_large(plan: Plan, device: str, memory_mib: int | None) -> None:
+    plan.ledger.refuse_over(available_memory(device) if memory_mib is None else memory_mib * MIB)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

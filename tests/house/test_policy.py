@@ -28,6 +28,7 @@ POLICY = (
     "heliostat.bench.statistics",
     "heliostat.bench.traces",
     "heliostat.bench.workloads",
+    "heliostat.engine.fixed",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

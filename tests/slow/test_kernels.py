@@ -33,7 +33,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "HELIOSTAT_NATIVE": str(library),
     }
-    tests = ["tests/unit/ops/test_native.py", "tests/unit/ops/test_paging.py"]
+    tests = [f"tests/unit/ops/test_{name}.py" for name in ("native", "paging", "blocks")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,16 +1,16 @@
-"""How fast answers are decoded: the whole engine beside transformers' generate, bare products, and the memory's speed.
+"""A decode step of the engine beside its own parts: bare products and attention, one reading of the weights, planning.
 
-One model of random weights, fresh prompts, greedy, bfloat16 where the processor has it; everything in one process, in
-turn, medians. A step of the engine counts whole: scheduling, passes, sampling, text.
+``python -m heliostat.bench.decode FOLDER SEED`` says it as JSON, for the model in FOLDER. A step counts whole:
+scheduling, passes, sampling, text. ``heliostat.bench.engine`` asks for it and sets other engines beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heliostat.bench.birth import certificate
 from heliostat.bench.trial import EMBEDDED_BASE
-from heliostat.build import Loaded, best_dtype, device_named
+from heliostat.build import Loaded, best_dtype
 from heliostat.engine.batch import passes_of
 from heliostat.engine.engine import PAGE_SIZE, Engine
-from heliostat.engine.paged import Ask
+from heliostat.engine.paged import Ask, PagePool
 from heliostat.engine.request import Request, Sampling
 from heliostat.family import Row
-from heliostat.files import atomic_write_text
-from heliostat.model.config import parse_config
+from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
+from heliostat.model.weights import load_transformer
 from heliostat.ops import native
 from heliostat.ops.linear import linear
 from heliostat.ops.paging import PagedGroup, grouped_attention
@@ -46,13 +45,15 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
 BATCHES = (1, 8, 32)
 PROMPT, STEPS = 224, 32
 """Tokens of each prompt, and of each answer: the middle of the answers is at 240 tokens of context."""
+LONGEST = 2304
+MOST_RUNNING = 64
 ROW = Row("base", "base", "base", "base")
 
 
 def shape(name: str) -> dict[str, Any]:
     """A Llama of about that many parameters, as its config.json says it."""
     heads = SHAPES[name]["num_attention_heads"]
-    more = {"vocab_size": 32_000, "num_key_value_heads": heads // 3, "max_position_embeddings": 1024}
+    more = {"vocab_size": 32_000, "num_key_value_heads": heads // 3, "max_position_embeddings": LONGEST}
     return {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-6, **SHAPES[name], **more}
 
 
@@ -65,28 +66,41 @@ def prompts(batch: int, seed: int) -> list[list[int]]:
 class Ours:
     """The engine around one model."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, most: int = PROMPT + STEPS + PAGE_SIZE) -> None:
+        """``most``: tokens of the longest text; there are pages for as many requests of PROMPT as may run."""
         model.join()
-        self.model = model
+        self.model, self._count = model, 0
+        each = 1 + (PROMPT + STEPS) // PAGE_SIZE
         self.engine = Engine(
             {"base": Loaded("base", "bench", "base", model)},
             Tokenizer.load(EMBEDDED_BASE),
-            max_length=PROMPT + STEPS + PAGE_SIZE,
-            pages=64 * (1 + (PROMPT + STEPS) // PAGE_SIZE),
+            max_length=most,
+            pages=max(MOST_RUNNING * each, 2 * most // PAGE_SIZE),
         )
 
-    def add(self, batch: int, seed: int) -> None:
-        """So many requests, as yet unanswered."""
-        wish = Sampling(max_tokens=STEPS + 1, ignore_eos=True)
-        for number, prompt in enumerate(prompts(batch, seed)):
+    def add(self, asked: Sequence[Sequence[int]], count: int) -> None:
+        """Requests for so many tokens each, as yet unanswered."""
+        wish = Sampling(max_tokens=count, ignore_eos=True)
+        for prompt in asked:
+            self._count += 1
             digests = dict(self.engine.digests)
             self.engine.add(
-                Request(f"{seed}-{number}", row=ROW, digests=digests, prompt=tuple(prompt), sampling=wish)
+                Request(str(self._count), row=ROW, digests=digests, prompt=tuple(prompt), sampling=wish)
             )
+
+    def answer(self, asked: Sequence[Sequence[int]], count: int) -> list[float]:
+        """Answers of ``count`` tokens to these prompts; says when each step was done."""
+        self.add(asked, count)
+        marks, said = [], 0
+        while self.engine.unfinished:
+            said += len(self.engine.step())
+            marks.append(time.perf_counter())
+        assert said == len(asked) * count
+        return marks
 
     def decode(self, batch: int, seed: int) -> float:
         """Median seconds of a step in which every request gets a token."""
-        self.add(batch, seed)
+        self.add(prompts(batch, seed), STEPS + 1)
         seconds = []
         while self.engine.unfinished:
             begin = time.perf_counter()
@@ -97,7 +111,7 @@ class Ours:
 
     def planning(self, batch: int, seed: int) -> float:
         """Median seconds a step takes for what is not arithmetic: scheduling and laying out passes."""
-        self.add(batch, seed)
+        self.add(prompts(batch, seed), STEPS + 1)
         engine, seconds = self.engine, []
         schedule, commit = engine.scheduler.schedule, engine.scheduler.commit
         while engine.unfinished:
@@ -113,40 +127,30 @@ class Ours:
         return statistics.median(seconds)
 
 
-def theirs(model: Any, batch: int, seed: int) -> float:
-    """Seconds a token of transformers' generate: of a long answer less a short one, so that the prompt does not count."""
-    ids, few = torch.tensor(prompts(batch, seed), device=model.device), 2
-    took = []
-    for count in (few, few + STEPS):
-        begin = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        took.append(time.perf_counter() - begin)
-    return (took[1] - took[0]) / STEPS
+def ours(folder: str, *, most: int = PROMPT + STEPS + PAGE_SIZE) -> Ours:
+    """The engine around the checkpoint in ``folder``, in bfloat16 where the processor has it."""
+    model = load_transformer(Path(folder), read_config(Path(folder)), dtype=best_dtype())
+    return Ours(model.requires_grad_(False), most=most)
 
 
 @torch.inference_mode()
 def bare(model: Transformer, batch: int) -> float:
-    """Seconds of a step's products and attention alone."""
+    """Seconds of a step's products and attention alone, each layer over pages of its own, as in a step."""
     config, count = model.config, 240 // PAGE_SIZE
     like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
     q = torch.zeros(batch, config.heads, config.head_width, **like)
-    pages = torch.zeros(batch * count, PAGE_SIZE, config.kv_heads, config.head_width, **like)
+    pool = PagePool(
+        config, pages=batch * count, page_size=PAGE_SIZE, dtype=model.dtype, device=str(model.device)
+    )
     narrow, wide = torch.zeros(batch, config.width, **like), torch.zeros(batch, config.mlp_width, **like)
-    ask = _ask(batch, count, pages)
+    ask = _ask(batch, count, pool.keys[0])
 
     def once() -> None:
-        for block in model.blocks:
+        for layer, block in enumerate(model.blocks):
             attention, mlp = block.self_attn, block.mlp
             assert attention.joined is not None and mlp.joined is not None
             linear(narrow, attention.joined.weight)
-            ask(q, pages, pages)
+            ask(q, pool.keys[layer], pool.values[layer])
             linear(q.flatten(1), attention.o_proj.weight)
             linear(narrow, mlp.joined.weight)
             linear(wide, mlp.down_proj.weight)
@@ -197,84 +201,21 @@ def median(run: Callable[[], object], repeats: int = 9) -> float:
     return statistics.median(seconds)
 
 
-def measure(name: str, *, repeats: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """A row for each batch size."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    kind = best_dtype(device)
-    their: Any = LlamaForCausalLM(LlamaConfig(**shape(name)))
-    their = their.to(device, kind).eval()
-    model = Transformer(parse_config(shape(name))).to(device, kind).requires_grad_(False)
-    state = their.state_dict()
-    model.load_state_dict({key: state[key].clone() for key in model.state_dict()})
-    ours, speed = Ours(model), bandwidth(model.device)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    rows = []
+def parts(folder: str, seed: int) -> dict[str, Any]:
+    """Seconds: ``step`` and ``bare`` by batch, ``memory`` of one reading of the weights, ``planning`` and ``busy`` step at
+    MOST_RUNNING requests."""
+    mine = ours(folder)
+    size = sum(p.numel() * p.element_size() for p in mine.model.parameters())
+    mine.decode(2, seed)
+    found: dict[str, Any] = {"step": {}, "bare": {}}
     for batch in BATCHES:
-        found: dict[str, list[float]] = {"engine": [], "transformers": [], "bare": []}
-        for number in range(repeats):
-            found["engine"].append(ours.decode(batch, 1000 * batch + number))
-            found["transformers"].append(theirs(their, batch, 1000 * batch + number))
-            found["bare"].append(bare(model, batch))
-        row: dict[str, Any] = {key: statistics.median(values) for key, values in found.items()}
-        row |= {"model": name, "batch": batch, "memory": size / speed}
-        rows.append(row)
-        print(_line(row), flush=True)
-    plan, step = ours.planning(64, 7), ours.decode(64, 8)
-    rows[-1]["planning"] = plan / step
-    print(f"planning at 64 requests: {1e3 * plan:.2f} ms of {1e3 * step:.1f} ms", flush=True)
-    return rows
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return (
-        f"| {row['model']} | {row['batch']} | {row['batch'] / row['engine']:.0f} | "
-        f"{row['transformers'] / row['engine']:.2f}x | {row['engine'] / row['bare']:.2f}x | "
-        f"{row['engine'] / row['memory']:.2f}x |"
-    )
-
-
-def _page(rows: list[dict[str, Any]], birth: Mapping[str, Any]) -> str:
-    planning = ", ".join(f"{row['planning']:.1%} ({row['model']})" for row in rows if "planning" in row)
-    lines = [
-        "# Decoding: the engine's speed",
-        "",
-        f"Random weights of a Llama's shape, {birth['dtype']}, prompts of {PROMPT} fresh tokens, {STEPS} answer tokens,",
-        "greedy. A step of the engine counts whole; *bare* are its products and attention alone; *memory* is one reading",
-        "of all weights at the speed that reading reaches here. More is better in the third and fourth column, less in",
-        f"the last two. Scheduling and laying out passes take {planning} of a step at 64 running requests.",
-        "",
-        f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; "
-        f"{birth['date']}; transformers {birth['versions']['transformers']}",
-        "",
-        "| model | batch | tokens/s | against transformers' generate | step / bare | step / memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *map(_line, rows), ""])
-
-
-def main() -> None:
-    """Measure every shape and batch and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default=",".join(SHAPES))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    given = parser.parse_args()
-    how: dict[str, Any] = {"repeats": given.repeats, "device": device_named(given.device)}
-    rows = [row for name in given.models.split(",") for row in measure(name, **how)]
-    command = f"python -m heliostat.bench.decode --models {given.models} --repeats {given.repeats}"
-    command += f" --device {given.device}"
-    kind = str(best_dtype(how["device"])).removeprefix("torch.")
-    birth = certificate(command, repeats=given.repeats, dtype=kind)
-    name = "decode" if how["device"] == "cpu" else "decode-gpu"
-    given.docs.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(
-        given.docs / f"{name}.json", json.dumps({"birth": birth, "rows": rows}, indent=1) + "\n"
-    )
-    atomic_write_text(given.docs / f"{name}.md", _page(rows, birth))
+        found["bare"][str(batch)] = bare(mine.model, batch)
+        found["step"][str(batch)] = mine.decode(batch, seed + batch)
+    found["memory"] = size / bandwidth(mine.model.device)
+    found["planning"] = mine.planning(MOST_RUNNING, seed + 100)
+    found["busy"] = mine.decode(MOST_RUNNING, seed + 200)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(parts(sys.argv[1], int(sys.argv[2]))))

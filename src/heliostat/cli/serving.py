@@ -46,6 +46,9 @@ def serve(
     deadline: Seconds = None,
     drain: Annotated[float, typer.Option(min=0, help="Most seconds to finish after SIGTERM.")] = 30.0,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 8,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Most open connections; more get 503, but for /health.")
+    ] = 512,
 ) -> None:
     """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once."""
     from heliostat.serve.run import Settings
@@ -69,6 +72,7 @@ def serve(
         deadline=deadline,
         drain=drain,
         max_body_mib=max_body_mib,
+        max_connections=max_connections,
     )
     note(f"loading {family} ...")
     run(settings, version=__version__)

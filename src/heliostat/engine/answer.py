@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from heliostat.model.tokenizer import TextStream, Tokenizer
+from heliostat.model.text_stream import TextStream
+from heliostat.model.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)

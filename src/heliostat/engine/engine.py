@@ -21,6 +21,7 @@ from heliostat.engine.scheduler import Scheduler
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
+from heliostat.ops.best import best
 
 PAGE_SIZE = 16
 MAX_TOKENS_PER_STEP = 2048
@@ -95,6 +96,7 @@ class Engine:
             self.digests[name] = f"{module.digest}/{kind}"
             self._runs[name] = (module.weights, module.adapter)
             self.runner.models[module.weights] = module.model
+        self.runner.changed()
 
     def unload(self, names: Collection[str]) -> None:
         """Let modules go, between two steps; weights that no other module runs on are given up, adapters taken off.
@@ -108,6 +110,7 @@ class Engine:
             raise Refused(
                 f"module {', '.join(busy)} is needed by unfinished requests: wait for them or abort them"
             )
+        self.runner.changed()
         for name in dict.fromkeys(names):
             weights, adapter = self._runs.pop(name)
             del self.digests[name]
@@ -161,9 +164,9 @@ class Engine:
         step = self.scheduler.schedule()
         try:
             requests, logits = self.runner.run(passes_of(step, self._runs, page_size=self.table.page_size))
-            fine = logits.sum(-1).isfinite().tolist()
+            highest, fine = (found.tolist() for found in best(logits))
             broken = [request for request, whole in zip(requests, fine, strict=True) if not whole]
-            drawn = sample(logits, [self._draw(r) for r in requests]) if not broken else []
+            drawn = sample(logits, [self._draw(r) for r in requests], highest) if not broken else []
         except BaseException:
             self.scheduler.abandon(step)
             raise

@@ -19,7 +19,7 @@ SCHEMA_REPEATS = 10_000
 """Sum of all minItems, maxItems and the like: each is a symbol of the grammar, before any other limit is looked at."""
 
 _REPEATS = ("minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains")
-# In steps of the compiler, so that a schema is refused or not whatever the machine: together below a second.
+# In steps of the compiler, so that a schema is refused or not whatever the machine: together about a second.
 _LIMITS: dict[str, Any] = {"initial_lexer_fuel": 500_000, "max_grammar_size": 50_000, "verbose_errors": False}
 # A model that may write white space for ever now and then does. Twenty signs are enough to indent.
 _OPTIONS: Any = {
@@ -63,11 +63,21 @@ class Grammars:
         text = _checked(schema)
         with self._lock:
             if text not in self._compiled:
-                self._compiled[text] = self._compile(text)
+                self._compiled[text] = self._compiled_or_refused(text)
             self._compiled.move_to_end(text)
             while len(self._compiled) > self._kept:
                 self._compiled.popitem(last=False)
-            return Matcher(self._compiled[text].deep_copy())
+            found = self._compiled[text]
+            if isinstance(found, Refused):
+                raise Refused(str(found))
+            return Matcher(found.deep_copy())
+
+    def _compiled_or_refused(self, text: str) -> Any:
+        """A refusal is kept as well: the hardest schemas are refused after the most work."""
+        try:
+            return self._compile(text)
+        except Refused as refused:
+            return refused
 
     def _compile(self, text: str) -> Any:
         library = self._library.LLMatcher

@@ -17,6 +17,7 @@ from heliostat.errors import Refused
 from heliostat.family import Family
 from heliostat.linear.adapter import adapter_file
 from heliostat.model.config import ModelConfig
+from heliostat.model.transformer import Transformer
 from heliostat.model.weights import read_shapes, weight_files
 
 MIB = 2**20
@@ -76,12 +77,25 @@ def ledger_of(
     Weights and pages are exact, weights that several modules run on counted once; the workspace is an estimate.
     """
     modules = list(modules)
-    config = config_of(folder, family, modules[0])
+    room = room_of(
+        Shape(config_of(folder, family, modules[0]), dtype),
+        pages=pages,
+        page_size=page_size,
+        max_running=max_running,
+        max_tokens_per_step=max_tokens_per_step,
+    )
+    return Ledger((*weights_of(folder, family, modules, dtype=dtype).lines, *room.lines))
+
+
+def room_of(
+    model: Transformer | Shape, *, pages: int, page_size: int, max_running: int, max_tokens_per_step: int
+) -> Ledger:
+    """What an engine takes on top of weights that are in memory already."""
+    config, dtype = model.config, model.dtype
     each = PagePool.bytes_per_page(config, page_size=page_size, dtype=dtype)
     workspace = _workspace(config, dtype, rows=max_running, tokens=max_tokens_per_step)
     return Ledger(
         (
-            *weights_of(folder, family, modules, dtype=dtype).lines,
             (f"{pages} pages of keys and values", pages * each),
             # One layer's pages as attention may gather them.
             ("workspace, about", workspace + pages * each // config.layers),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from heliostat.model.config import ModelConfig
+from heliostat.ops.native.blocks import Laid
 from heliostat.ops.paging import write_pages
 
 
@@ -37,9 +38,14 @@ class Ask(Protocol):
 class Paged:
     """The seam of one pass: some rows write their keys and values into slots, all rows ask over pages."""
 
-    def __init__(self, pool: PagePool, *, writes: Tensor, slots: Tensor, ask: Ask) -> None:
-        """``writes`` [W]: rows of the pass that write; ``slots`` [W]: page * S + place for each of them."""
-        self.pool, self.writes, self.slots, self.ask = pool, writes, slots, ask
+    def __init__(
+        self, pool: PagePool, *, writes: Tensor, slots: Tensor, ask: Ask, laid: Laid | None = None
+    ) -> None:
+        """``writes`` [W]: rows of the pass that write; ``slots`` [W]: page * S + place for each of them.
+
+        ``laid``: the same for all layers at once, where the compiled kernels serve.
+        """
+        self.pool, self.writes, self.slots, self.ask, self.laid = pool, writes, slots, ask, laid
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H, D]. A row sees what it and the rows before it wrote in this pass."""

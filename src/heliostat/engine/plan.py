@@ -10,7 +10,7 @@ import torch
 
 from heliostat.build import config_of
 from heliostat.engine.engine import MAX_TOKENS_PER_STEP, PAGE_SIZE, longest_that_fits, pages_that_fit
-from heliostat.engine.ledger import Ledger, Shape, ledger_of
+from heliostat.engine.ledger import Ledger, Shape, ledger_of, room_of
 from heliostat.family import Family
 from heliostat.model.transformer import Transformer
 
@@ -52,6 +52,21 @@ def plan_of(
         max_tokens_per_step=MAX_TOKENS_PER_STEP,
     )
     return Plan(longest, pages, ledger)
+
+
+def plan_around(
+    models: Sequence[Transformer], *, max_length: int | None, cache_mib: int, max_running: int
+) -> Plan:
+    """The plan for an engine around models that are in memory already: they stand in no line of its ledger."""
+    longest, pages = lay_out(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
+    room = room_of(
+        max(models, key=lambda m: m.dtype.itemsize),
+        pages=pages,
+        page_size=PAGE_SIZE,
+        max_running=max_running,
+        max_tokens_per_step=MAX_TOKENS_PER_STEP,
+    )
+    return Plan(longest, pages, room)
 
 
 def lay_out(

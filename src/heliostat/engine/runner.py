@@ -12,32 +12,45 @@ from torch import Tensor
 
 from heliostat.build import Loaded
 from heliostat.engine.batch import Entry, Pass, Ran
+from heliostat.engine.fixed import QUERIES
+from heliostat.engine.graphs import CudaRecorder, Graphs, Record
 from heliostat.engine.paged import Ask, Paged, PagePool
 from heliostat.engine.request import Request
 from heliostat.model.transformer import Transformer
 from heliostat.ops import native
+from heliostat.ops.decoding import RowPages, has_triton, triton_rows
+from heliostat.ops.native.blocks import Laid
 from heliostat.ops.paging import PagedGroup, grouped_attention
 
 
 class Runner:
     """Modules and the page pool they write to. Knows no request's past and decides nothing."""
 
-    def __init__(self, modules: Mapping[str, Loaded], *, pages: int, page_size: int) -> None:
-        """All modules must have the shape of one config; the pool is float32 if any of them is."""
+    def __init__(
+        self, modules: Mapping[str, Loaded], *, pages: int, page_size: int, record: Record | None = None
+    ) -> None:
+        """All modules must have the shape of one config; the pool is float32 if any of them is.
+
+        ``record``: how decode passes are recorded; None: as CUDA graphs on a GPU, elsewhere not at all.
+        """
         models = {module.weights: module.model for module in modules.values()}
         first = next(iter(models.values()))
         kinds = {model.dtype for model in models.values()}
         dtype = torch.float32 if torch.float32 in kinds else first.dtype
         self.models: dict[str, Transformer] = models
-        self.pool = PagePool(
-            first.config, pages=pages, page_size=page_size, dtype=dtype, device=str(first.device)
-        )
         self.device = first.device
+        if record is None and self.device.type == "cuda":
+            record = CudaRecorder()
+        scratch = int(record is not None)  # one page more, that no request is given
+        self.pool = PagePool(
+            first.config, pages=pages + scratch, page_size=page_size, dtype=dtype, device=str(first.device)
+        )
+        self.graphs = Graphs(self.pool, scratch=pages, record=record) if record else None
         self.ran = Ran()
 
     @torch.inference_mode()
     def run(self, passes: Sequence[Pass]) -> tuple[list[Request], Tensor]:
-        """Run the passes in order; returns the requests that get a token and their logits [N, V] (float32)."""
+        """Run the passes in order; returns the requests that get a token and their logits [N, V]."""
         requests: list[Request] = []
         logits: list[Tensor] = []
         for each in passes:
@@ -45,27 +58,57 @@ class Runner:
             self.ran.count(each)
             if each.sampled:
                 rows = [row for row, _ in each.sampled]
-                logits.append(self.models[each.weights].logits(hidden[rows]).float())
+                if len(rows) < len(hidden):  # else every row speaks, in order
+                    hidden = hidden[self._tensor(rows)]
+                logits.append(self.models[each.weights].logits(hidden))
                 requests += [request for _, request in each.sampled]
-        return requests, torch.cat(logits) if logits else torch.empty(0, 0)
+        if len(logits) == 1:
+            return requests, logits[0]
+        return requests, torch.cat([some.float() for some in logits]) if logits else torch.empty(0, 0)
 
     def _forward(self, each: Pass) -> Tensor:
         """Hidden states [T, E] of one pass."""
         model = self.models[each.weights]
-        seam = Paged(
-            self.pool,
-            writes=self._tensor(each.write_rows),
-            slots=self._tensor(each.write_slots),
-            ask=self._ask(each.entries, model.dtype),
-        )
+        if self.graphs is not None and (hidden := self.graphs.run(model, each)) is not None:
+            return hidden
+        seam = self._seam(each, model.dtype)
         route = [(segment.adapter, segment.start, segment.stop) for segment in each.segments]
         return model(self._tensor(each.tokens), self._tensor(each.positions), seam, route)
 
-    def _ask(self, entries: Sequence[Entry], dtype: torch.dtype) -> Ask:
-        """The fastest attention over pages that there is here for queries of ``dtype``."""
-        if native.attends(self.pool.keys) and dtype == self.pool.keys.dtype:
-            return partial(native.attend, entries=self._ragged(entries))
+    def changed(self) -> None:
+        """Modules have come or gone."""
+        if self.graphs is not None:
+            self.graphs.forget()
+
+    def _seam(self, each: Pass, dtype: torch.dtype) -> Paged:
+        """With the fastest attention over pages that there is here for queries of ``dtype``."""
+        writes, slots = self._tensor(each.write_rows), self._tensor(each.write_slots)
+        if not (native.attends(self.pool.keys) and dtype == self.pool.keys.dtype):
+            return Paged(self.pool, writes=writes, slots=slots, ask=self._ask(each.entries))
+        entries = self._ragged(each.entries)
+        laid = Laid(self.pool.keys, self.pool.values, writes, slots, entries)
+        return Paged(
+            self.pool, writes=writes, slots=slots, ask=partial(native.attend, entries=entries), laid=laid
+        )
+
+    def _ask(self, entries: Sequence[Entry]) -> Ask:
+        few = all(len(entry.rows) <= QUERIES for entry in entries)
+        if few and self.device.type == "cuda" and has_triton():
+            return partial(triton_rows, rows=self._row_pages(entries))
         return partial(grouped_attention, groups=[self._group(some) for some in by_queries(entries)])
+
+    def _row_pages(self, entries: Sequence[Entry]) -> RowPages:
+        size = self.pool.keys.shape[2]
+        wide = max(-(-max(entry.visible) // size) for entry in entries)
+        rows = {
+            row: (entry.pages, seen)
+            for entry in entries
+            for row, seen in zip(entry.rows, entry.visible, strict=True)
+        }
+        pages = [
+            [*rows[row][0][:wide], *[rows[row][0][0]] * (wide - len(rows[row][0]))] for row in sorted(rows)
+        ]
+        return RowPages(self._tensor(pages), self._tensor([rows[row][1] for row in sorted(rows)]))
 
     def _ragged(self, entries: Sequence[Entry]) -> native.Ragged:
         counts = [len(entry.rows) for entry in entries]

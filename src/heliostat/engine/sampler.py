@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heliostat.engine.request import Sampling
+from heliostat.ops.best import best
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,37 @@ def uniform(seed: int, choice: int, place: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
-    """Choose one token for each row of ``logits`` [N, V] (float32, not changed)."""
+def sample(logits: Tensor, draws: Sequence[Draw], highest: Sequence[int] | None = None) -> list[Sampled]:
+    """Choose one token for each row of ``logits`` [N, V] (not changed).
+
+    ``highest``: where the highest number of each row stands, if that is known: most rows ask for nothing else.
+    """
     if not draws:
         return []
+    tokens = list(best(logits)[0].tolist() if highest is None else highest)
+    wishing = [row for row, draw in enumerate(draws) if _wishes(draw)]
+    if wishing:
+        chosen = _choose(logits[wishing].float(), [draws[row] for row in wishing])
+        for row, token in zip(wishing, chosen, strict=True):
+            tokens[row] = token
+    return _report(logits, tokens, draws)
+
+
+def _wishes(draw: Draw) -> bool:
+    """Whether the highest logit may not be the token to take."""
+    wish = draw.sampling
+    penalised = wish.presence_penalty or wish.frequency_penalty
+    held = len(draw.answer) < wish.min_tokens
+    return bool(wish.temperature > 0 or wish.logit_bias or penalised or held or draw.allowed is not None)
+
+
+def _choose(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
     steered = _mask(_steer(logits, draws), draws)
     tokens = steered.argmax(dim=-1)
     warm = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if warm:
         tokens[warm] = _draw(steered[warm], [draws[row] for row in warm])
-    return _report(logits, tokens.tolist(), draws)
+    return tokens.tolist()
 
 
 def _steer(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -123,7 +145,7 @@ def _report(logits: Tensor, tokens: list[int], draws: Sequence[Draw]) -> list[Sa
     asked = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
     if not asked:
         return found
-    chances = logits[asked].log_softmax(-1)
+    chances = logits[asked].float().log_softmax(-1)
     for place, row in enumerate(asked):
         count = draws[row].sampling.logprobs or 0
         values, ids = chances[place].topk(min(count, chances.shape[1]))

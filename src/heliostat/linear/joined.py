@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from heliostat.linear.lora import AdaptedLinear, Route
+from heliostat.linear.lora import AdaptedLinear, Route, plain_linear
 from heliostat.ops.linear import linear
 
 
@@ -18,7 +18,7 @@ class Joined:
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
         """Moves the children's weights into one tensor [sum of out, in], of which each keeps its part."""
         self.names = names
-        inner = [_inner(getattr(parent, name)) for name in names]
+        inner = [plain_linear(getattr(parent, name)) for name in names]
         self.sizes = [part.out_features for part in inner]
         self.weight = torch.cat([part.weight.data for part in inner])
         self.bias: Tensor | None = None
@@ -35,12 +35,6 @@ class Joined:
             if route is not None and isinstance(part, AdaptedLinear):
                 y[..., own] = part.adapted(y[..., own], x, route)
         return y
-
-
-def _inner(part: nn.Module) -> nn.Linear:
-    inner = part.inner if isinstance(part, AdaptedLinear) else part
-    assert isinstance(inner, nn.Linear)
-    return inner
 
 
 def _bias(part: nn.Linear) -> Tensor:

@@ -22,6 +22,11 @@ def whole(adapter: str | None) -> Route:
     return ((adapter, 0, None),)
 
 
+def bare(route: Route | None) -> bool:
+    """Whether no row wears an adapter."""
+    return route is None or all(adapter is None for adapter, _, _ in route)
+
+
 class LowRank(nn.Module):
     """One adapter: x -> scale * B A x, with A [r, in] random and B [out, r] zero at the start (LoRA, arXiv 2106.09685)."""
 
@@ -69,6 +74,13 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]."""
         return linear(x, self.weight, self.bias)
+
+
+def plain_linear(part: nn.Module) -> nn.Linear:
+    """The Linear itself, with or without adapters beside it."""
+    inner = part.inner if isinstance(part, AdaptedLinear) else part
+    assert isinstance(inner, nn.Linear)
+    return inner
 
 
 def add_adapter(model: nn.Module, name: str, *, r: int, alpha: float, targets: Iterable[str]) -> list[str]:

@@ -7,17 +7,24 @@ transformers when one is loaded.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import signal
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from heliostat.errors import Refused
-from heliostat.files import read_json
+from heliostat.model.time_limit import Endless, within
+from heliostat.model.tokenizer_folder import (
+    PARTS,
+    content_of,
+    digest_of,
+    end_ids,
+    facts_of,
+    is_spaced,
+    load_fast,
+    prefix_of,
+    size_of,
+)
 
 UNFINISHED = "\ufffd"
 """What decoders put where the bytes of a character are incomplete, or wrong."""
@@ -27,10 +34,6 @@ RENDER_SECONDS = 5.0
 
 # A character no merge starts from: text behind it is tokenized as text that goes on, not as text that begins.
 _ANCHOR = "\x01"
-# Enough tokens that looking back is cheap and rare.
-_WINDOW = 32
-# Settings and version stamps that do not change which ids a text has, or that are told apart in another way.
-_NOT_CONTENT = ("version", "truncation", "padding", "post_processor", "added_tokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,15 +66,15 @@ class Tokenizer:
         Refused where tokenizer.json is missing or damaged.
         """
         folder = Path(folder)
-        content = _content(folder)
-        fast = _load_fast(folder)
+        content = content_of(folder)
+        fast = load_fast(folder)
         backend = fast.backend_tokenizer
         backend.no_truncation()  # a tokenizer saved while it truncated would cut prompts without a word
         backend.no_padding()
-        eos_ids, prefix = _eos_ids(folder, fast), _prefix(backend)
+        eos_ids, prefix = end_ids(folder, fast), prefix_of(backend)
         pad = fast.pad_token_id
-        size = _size(backend, pad)
-        facts = _facts(content, fast, size, eos_ids, prefix)
+        size = size_of(backend, pad)
+        facts = facts_of(content, fast, size, eos_ids, prefix)
         return cls(
             backend=backend,
             fast=fast,
@@ -80,9 +83,9 @@ class Tokenizer:
             pad_id=pad if pad is not None and pad < size else next(iter(eos_ids), 0),
             size=size,
             prefix=prefix,
-            spaced=_is_spaced(backend),
-            digest=_digest(facts),
-            parts={what: _digest([facts[name] for name in names]) for what, names in _PARTS.items()},
+            spaced=is_spaced(backend),
+            digest=digest_of(facts),
+            parts={what: digest_of([facts[name] for name in names]) for what, names in PARTS.items()},
         )
 
     @property
@@ -127,7 +130,7 @@ class Tokenizer:
         try:
             # transformers renders in jinja's sandbox: a template reaches neither attributes nor files.
             return within(RENDER_SECONDS, lambda: self._rendered(messages, generation, tools))
-        except _Endless as error:
+        except Endless as error:
             raise Refused(
                 f"the chat template did not end within {RENDER_SECONDS:g} s: put another chat_template.jinja beside "
                 "tokenizer.json, or ask for fewer turns"
@@ -143,9 +146,11 @@ class Tokenizer:
         turns = [dict(message) for message in messages]
         return str(self.fast.apply_chat_template(turns, tools=list(tools) or None, **options))
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """The exact ids that serving gives a model for a conversation that waits for an answer."""
-        return self.encode(self.render(messages))
+        return self.encode(self.render(messages, tools=tools))
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """The exact ids that serving gives a model for a bare prompt: ``prefix``, then the text."""
@@ -212,185 +217,3 @@ class Tokenizer:
                 "or eos_token_id in generation_config.json"
             )
         return self.eos_ids[0]
-
-
-class TextStream:
-    """An answer as text while its ids arrive: no piece ever ends inside a character.
-
-    The pieces joined are ``decode`` of all ids. Stop strings are not looked for here.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []  # the latest ids: enough to see how the next one is written
-        self._told = 0  # characters of the window's text that have been handed out
-        self._whole = 0  # ids of the window after which no character was unfinished
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain by these ids; '' while a character is unfinished."""
-        self._window += ids
-        text = self._tokenizer.decode(self._window)
-        piece = self._tell(text.rstrip(UNFINISHED))
-        if not text.endswith(UNFINISHED):
-            self._look_back_less()
-        return piece
-
-    def finish(self) -> str:
-        """What is left when no more ids come: bytes of a character that was never finished, as U+FFFD."""
-        return self._tell(self._tokenizer.decode(self._window))
-
-    def _tell(self, text: str) -> str:
-        piece = text[self._told :]
-        self._told = max(self._told, len(text))
-        return piece
-
-    def _look_back_less(self) -> None:
-        """Forget ids before the last whole character, so that a token of a long answer costs no more."""
-        if len(self._window) > _WINDOW:
-            kept = self._window[self._whole :]
-            told = len(self._tokenizer.decode(kept))
-            if told:  # special tokens alone would let a decoder take the next text for a beginning
-                self._window, self._told = kept, told
-        self._whole = len(self._window)
-
-
-class _Endless(BaseException):
-    """What ends a template in the midst of its work; no Exception, which jinja's compiler would pass over."""
-
-
-def within(seconds: float, work: Callable[[], str]) -> str:
-    """``work()``, given up with _Endless after so many seconds.
-
-    In the main thread an alarm breaks it off; elsewhere nothing can, and it is left behind in a thread of its own.
-    One single operation that takes long, such as a power of large numbers, is not broken off.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return _in_a_thread(seconds, work)
-
-    def ring(signum: int, frame: object) -> None:
-        raise _Endless
-
-    handler = signal.signal(signal.SIGALRM, ring)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        return work()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)  # somebody else's rings that much later
-        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
-
-
-def _in_a_thread(seconds: float, work: Callable[[], str]) -> str:
-    said: list[str] = []
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            said.append(work())
-        except BaseException as error:  # it is the caller's, whatever it is
-            failed.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not said:
-        raise _Endless
-    return said[0]
-
-
-def _load_fast(folder: Path) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        # Not AutoTokenizer: some of its classes rebuild rules and add tokens. tokenizer.json decides.
-        return PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the file's faults surface as many kinds of error
-        raise Refused(f"the tokenizer in {folder} cannot be loaded: {error}") from error
-
-
-def _content(folder: Path) -> dict[str, Any]:
-    """tokenizer.json, parsed."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise Refused(
-            f"{folder} has no tokenizer.json; heliostat reads fast tokenizers only. "
-            "transformers makes one: AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
-        )
-    content = read_json(path)
-    if not isinstance(content.get("model"), dict):
-        raise Refused(f"{path} holds no tokenizer: it has no 'model'")
-    return content
-
-
-def _eos_ids(folder: Path, fast: Any) -> tuple[int, ...]:
-    """The tokenizer's own end token first, then those of generation_config.json."""
-    ids = [] if fast.eos_token_id is None else [int(fast.eos_token_id)]
-    path = folder / "generation_config.json"
-    if path.is_file():
-        named = read_json(path).get("eos_token_id")
-        named = named if isinstance(named, list) else [] if named is None else [named]
-        if any(type(token) is not int for token in named):
-            raise Refused(f"{path}: eos_token_id is {named!r}; it must be a token id or a list of them")
-        ids += named
-    return tuple(dict.fromkeys(ids))
-
-
-def _prefix(backend: Any) -> tuple[int, ...]:
-    """What stands before a text when special tokens are added. An end added behind it is no prompt's."""
-    plain = backend.encode("a", add_special_tokens=False).ids
-    full = backend.encode("a", add_special_tokens=True).ids
-    for place in range(len(full) - len(plain) + 1):
-        if full[place : place + len(plain)] == plain:
-            return tuple(full[:place])
-    raise Refused(
-        "the tokenizer gives a text other ids when it adds special tokens: such a one is not supported"
-    )
-
-
-def _is_spaced(backend: Any) -> bool:
-    once = backend.encode("a", add_special_tokens=False).ids
-    return bool(backend.decode(once + once) != "aa")
-
-
-def _size(backend: Any, pad: int | None) -> int:
-    """A padding token that stands behind all others does not count: padding never reaches a model."""
-    ids = set(backend.get_vocab(with_added_tokens=True).values())
-    if pad is not None and pad == max(ids):
-        ids.discard(pad)
-    return max(ids, default=-1) + 1
-
-
-_PARTS = {
-    "vocabulary or rules": ("rules",),
-    "special tokens": ("added", "eos", "prefix"),
-    "chat template": ("template",),
-}
-
-
-def _facts(
-    content: Mapping[str, Any], fast: Any, size: int, eos_ids: Sequence[int], prefix: Sequence[int]
-) -> dict[str, Any]:
-    """The same for folders that give all texts and conversations the same ids, however they were saved."""
-    rules = {key: value for key, value in content.items() if key not in _NOT_CONTENT}
-    model = {key: value for key, value in rules["model"].items() if value is not None and value is not False}
-    if isinstance(model.get("merges"), list):  # two spellings: "a b" and ["a", "b"]
-        model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
-    added = {
-        token: [str(t), t.special, t.normalized, t.lstrip, t.rstrip, t.single_word]
-        for token, t in fast.added_tokens_decoder.items()
-        if token < size
-    }
-    return {
-        "rules": {**rules, "model": model},
-        "added": sorted(added.items()),
-        "eos": list(eos_ids),
-        "prefix": list(prefix),
-        "template": fast.chat_template,
-    }
-
-
-def _digest(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heliostat.linear.joined import Joined
-from heliostat.linear.lora import Linear, Route
+from heliostat.linear.lora import Linear, Route, bare, plain_linear
 from heliostat.model.config import ModelConfig
+from heliostat.ops import native
 from heliostat.ops.gate import gated
+from heliostat.ops.native.blocks import Blocks, weights_of
 from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 
@@ -103,6 +105,26 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), angles, attend, route)
         return x + self.mlp(self.post_attention_layernorm(x), route)
 
+    def weights(self) -> dict[str, Tensor | None]:
+        """Of a joined block, for ``Blocks``."""
+        attention, mlp = self.self_attn, self.mlp
+        assert attention.joined is not None and mlp.joined is not None
+        o, down = plain_linear(attention.o_proj), plain_linear(mlp.down_proj)
+        return weights_of(
+            input_norm=self.input_layernorm.weight,
+            qkv=attention.joined.weight,
+            qkv_bias=attention.joined.bias,
+            q_norm=getattr(attention.q_norm, "weight", None),
+            k_norm=getattr(attention.k_norm, "weight", None),
+            o=o.weight,
+            o_bias=o.bias,
+            post_norm=self.post_attention_layernorm.weight,
+            gate_up=mlp.joined.weight,
+            gate_up_bias=mlp.joined.bias,
+            down=down.weight,
+            down_bias=down.bias,
+        )
+
 
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm (Hugging Face's ``model.``)."""
@@ -121,6 +143,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.at_once: Blocks | None = None
+        """All blocks in one call, for passes without adapters over pages (``join``); the loop is its twin."""
         self.model = Decoder(config)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
@@ -138,6 +162,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
+        laid = getattr(attend, "laid", None)
+        if self.at_once is not None and laid is not None and bare(route) and self.at_once.serves(x, laid):
+            self.at_once(x, angles, laid)
+            return self.model.norm(x)
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, angles, attend, route, use_reentrant=False)
@@ -151,6 +179,9 @@ class Transformer(nn.Module):
             attention, mlp = block.self_attn, block.mlp
             attention.joined = attention.joined or Joined(attention, ("q_proj", "k_proj", "v_proj"))
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
+        if native.built() and self.device.type == "cpu" and self.at_once is None:
+            weights = [block.weights() for block in self.blocks]
+            self.at_once = Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., E]."""

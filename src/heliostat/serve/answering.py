@@ -98,10 +98,11 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, told: AsyncGenerator[bytes, None] | None = None) -> None:
+        """``told``: the events, where they are not those of a completion."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._job, self._events = job, events(job)
+        self._job, self._events = job, told or events(job)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs until all is said, or nobody listens."""

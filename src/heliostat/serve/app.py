@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from heliostat.serve import page
+from heliostat.serve import page, responding
 from heliostat.serve.answering import EventStream, Gone, Json, unless_gone, whole
 from heliostat.serve.dialect import (
     Asking,
@@ -29,6 +29,7 @@ from heliostat.serve.dialect import (
 from heliostat.serve.forms import turns
 from heliostat.serve.gate import Gate
 from heliostat.serve.keys import Tenant
+from heliostat.serve.responses import ResponsesAsking
 from heliostat.serve.roster import Version
 from heliostat.serve.service import Job, Service
 from heliostat.serve.speaking import usage_of
@@ -143,6 +144,20 @@ async def complete(request: Request, service: Serving, tenant: Whose) -> Respons
     )
 
 
+@router.post("/v1/responses", openapi_extra=_body_of(ResponsesAsking))
+async def respond(request: Request, service: Serving, tenant: Whose) -> Response:
+    """Answer a conversation in items and events; nothing is kept of it."""
+    asking = await _read(request, ResponsesAsking)
+    job = await unless_gone(responding.taken_in(service, asking, tenant), request.receive)
+    request.state.told = partial(_counts, job)
+    if asking.stream:
+        return EventStream(job, responding.events(job, asking))
+    try:
+        return Json(await unless_gone(responding.whole(job, asking), request.receive))
+    finally:
+        job.finish()
+
+
 async def _answered(request: Request, asking: Asking, job: Job) -> Response:
     request.state.told = partial(_counts, job)
     if asking.stream:
@@ -171,9 +186,11 @@ async def tokenize(request: Request, service: Serving, tenant: Whose) -> Respons
     service.find(asking.model, tenant)
     if (asking.prompt is None) == (asking.messages is None):
         raise Trouble(400, "give one of prompt and messages", "prompt")
-    tokenizer = service.tokenizer
+    tokenizer, tools = service.tokenizer, [tool.model_dump(exclude_none=True) for tool in asking.tools or ()]
+    if tools and asking.messages is None:
+        raise Trouble(400, "tools are shown in a conversation: give messages", "tools")
     if asking.messages is not None:
-        ids = await asyncio.to_thread(tokenizer.prompt_ids, turns(asking.messages))
+        ids = await asyncio.to_thread(tokenizer.prompt_ids, turns(asking.messages), tools=tools)
     else:
         ids = await asyncio.to_thread(tokenizer.plain_prompt_ids, asking.prompt or "")
     words = [tokenizer.decode([i], skip_special=False) for i in ids] if asking.return_token_strs else None

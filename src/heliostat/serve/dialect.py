@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,8 @@ M = TypeVar("M", bound="Loose")
 DEEPEST = 64
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS, MOST_BIASES, MOST_TOOLS, MOST_MESSAGES = 64, 16, 20, 1024, 128, 4096
 LONGEST_STOP = 256
+NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
+"""What a function may be called."""
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -53,7 +55,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields that we know and do not do, with the values that ask for nothing; null is always one."""
-IGNORED = frozenset({"user", "store", "metadata", "service_tier", "parallel_tool_calls", "priority"})
+IGNORED = frozenset({"store", "metadata", "service_tier", "parallel_tool_calls", "priority"})
 """Fields that change no answer, and so need no warning."""
 
 
@@ -61,6 +63,8 @@ class Loose(BaseModel):
     """A part of a request; what it does not know is kept, to be told."""
 
     model_config = ConfigDict(extra="allow")
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = HARMLESS
+    ignored: ClassVar[frozenset[str]] = IGNORED
 
 
 class StreamOptions(Loose):
@@ -97,6 +101,7 @@ class Asking(Loose):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    user: str | None = None
 
     @property
     def choices(self) -> int:
@@ -155,7 +160,7 @@ class Message(Loose):
 class Function(Loose):
     """What a tool is called and takes."""
 
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -218,6 +223,7 @@ class TokenizeAsking(Loose):
     model: str
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     return_token_strs: bool | None = False
 
 
@@ -246,12 +252,12 @@ def parse(kind: type[M], body: bytes) -> tuple[M, list[str]]:
     content = _json(body)
     if not isinstance(content, dict):
         raise Trouble(400, f"the body is a JSON {type(content).__name__}; it must be an object")
-    _refuse_unsupported(content)
+    _refuse_unsupported(content, kind.harmless)
     try:
         found = kind.model_validate(content)
     except ValidationError as error:
         raise _wrong(error) from None
-    unknown = sorted(set(found.model_extra or {}) - HARMLESS.keys() - IGNORED)
+    unknown = sorted(set(found.model_extra or {}) - kind.harmless.keys() - kind.ignored)
     return found, unknown
 
 
@@ -285,10 +291,10 @@ def _inside(content: Any) -> Iterable[Any]:
     return content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
 
 
-def _refuse_unsupported(content: Mapping[str, Any]) -> None:
-    for name in sorted(content.keys() & HARMLESS.keys()):
+def _refuse_unsupported(content: Mapping[str, Any], harmless: Mapping[str, tuple[Any, ...]]) -> None:
+    for name in sorted(content.keys() & harmless.keys()):
         value = content[name]
-        if value is not None and value not in HARMLESS[name]:
+        if value is not None and value not in harmless[name]:
             raise unsupported(name, "leave it out")
 
 

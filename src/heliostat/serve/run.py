@@ -22,6 +22,7 @@ from heliostat.errors import Refused
 from heliostat.family import BASE
 from heliostat.llm import LLM, parse_dtype
 from heliostat.serve.app import build
+from heliostat.serve.connections import capped
 from heliostat.serve.gate import host_names, is_loopback
 from heliostat.serve.keys import Keys
 from heliostat.serve.log import Log
@@ -59,6 +60,8 @@ class Settings:
     drain: float = 30.0
     """Most seconds for requests in flight after SIGTERM."""
     max_body_mib: int = 8
+    max_connections: int = 512
+    """Most that may be open at once."""
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and self.keys is None:
@@ -135,7 +138,7 @@ def serve(settings: Settings, *, version: str) -> None:
 def _config(settings: Settings, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="h11",
+        http=capped(settings.max_connections),
         ws="none",
         log_config=None,
         access_log=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -13,13 +12,13 @@ from functools import partial
 from typing import Any
 
 from heliostat.engine.engine import Engine
-from heliostat.engine.grammar import Grammars
 from heliostat.engine.remembered import Remembered
 from heliostat.engine.request import Request
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.dialect import Asking, ChatAsking, Message, TextAsking
 from heliostat.serve.forms import schema_of, shown_tools, turns
+from heliostat.serve.holding import Holding
 from heliostat.serve.keys import OPEN, Keys, Tenant
 from heliostat.serve.log import Log
 from heliostat.serve.metrics import Snapshot
@@ -27,6 +26,7 @@ from heliostat.serve.owner import Asked, Owner, snapshot
 from heliostat.serve.roster import Roster, Unknown, Version
 from heliostat.serve.shelf import Arrival, Shelf
 from heliostat.serve.speaking import ChatShape, Shape, TextShape, Voice
+from heliostat.serve.sticky import Sticky
 from heliostat.serve.tools import Caller, chosen, forced_schema
 from heliostat.serve.trouble import Trouble
 
@@ -83,9 +83,12 @@ class Service:
     began: int = field(default_factory=lambda: int(time.time()))
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     remembered: Remembered = field(default_factory=Remembered)
-    _building: threading.Lock = field(default_factory=threading.Lock)
-    _grammars: Grammars | None = None
+    sticky: Sticky = field(default_factory=Sticky)
+    _holding: Holding = field(init=False)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._holding = Holding(self.tokenizer)
 
     @property
     def ready(self) -> bool:
@@ -128,9 +131,7 @@ class Service:
             ids = await asyncio.to_thread(self._conversation, asking.messages, tools, tenant.salt)
             shape = ChatShape(self.tokenizer, asking.top_logprobs_wanted is not None)
             requests = self._requests(shape.prefix, asking, version, tenant, [ids])
-            await asyncio.to_thread(
-                self._hold, requests, schema, "tool_choice" if forced else "response_format"
-            )
+            await self._holding.hold(requests, schema, "tool_choice" if forced else "response_format")
             caller = partial(Caller, listening=bool(tools), forced=bool(forced))
             return await self._job(asking, version, requests, shape, caller)
 
@@ -141,7 +142,7 @@ class Service:
             prompts = await asyncio.to_thread(lambda: [self._bare(prompt) for prompt in asking.prompts])
             shape = TextShape(self.tokenizer, asking.logprobs is not None)
             requests = self._requests(shape.prefix, asking, version, tenant, prompts)
-            await asyncio.to_thread(self._hold, requests, schema, "response_format")
+            await self._holding.hold(requests, schema, "response_format")
             return await self._job(asking, version, requests, shape, partial(Caller, listening=False))
 
     def _conversation(
@@ -153,23 +154,14 @@ class Service:
     async def remember(self, job: Job) -> None:
         """Keep the ids of an answer that has ended, for when it comes back as text."""
         await asyncio.to_thread(self._remember, job)
+        salt = job.asked.requests[0].salt
+        said = [(voice.text, voice.caller.calls) for voice in job.voices]
+        self.sticky.said(job.asking, job.version, salt, said)
 
     def _remember(self, job: Job) -> None:
         for request, voice in zip(job.asked.requests, job.voices, strict=True):
             if voice.text and not voice.caller.calls:
                 self.remembered.remember(self.tokenizer, voice.text, request.answer, salt=request.salt)
-
-    def _hold(self, requests: Sequence[Request], schema: Mapping[str, Any] | None, param: str) -> None:
-        """Have the answers follow a schema."""
-        if schema is None:
-            return
-        try:
-            with self._building:
-                self._grammars = self._grammars or Grammars(self.tokenizer)
-            for request in requests:
-                request.matcher = self._grammars.matcher(schema)
-        except Refused as error:
-            raise Trouble(400, str(error), param) from None
 
     def _bare(self, prompt: str | list[int]) -> list[int]:
         return self.tokenizer.plain_prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
@@ -181,7 +173,7 @@ class Service:
             raise Trouble(503, "the server is shutting down: ask another one", code="draining")
         self.find(asking.model, tenant)
         self.owner.refuse_if_full(asking.choices)  # before any work is done for it
-        version = self.roster.choose(asking.model)
+        version = self.sticky.choose(self.roster, asking, tenant.salt)
         self.roster.begin(version)
         try:
             yield version

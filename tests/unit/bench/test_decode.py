@@ -1,32 +1,24 @@
-"""The benchmark of decoding runs whole and says what it measured; no number of it is judged here."""
+"""The parts of a decode step are measured whole; no number of them is judged here."""
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from heliostat.bench import decode
+from heliostat.bench import decode, engine
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
 
 
-def test_the_table_has_a_line_for_every_batch_and_a_certificate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_has_its_parts_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "SHAPES", {"tiny": TINY})
     monkeypatch.setattr(decode, "BATCHES", (1, 2))
-    monkeypatch.setattr(decode, "STEPS", 16)
+    monkeypatch.setattr(decode, "STEPS", 8)
     monkeypatch.setattr(decode, "bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(
-        sys, "argv", ["decode", "--models", "tiny", "--repeats", "1", "--docs", str(tmp_path)]
-    )
-    decode.main()
-    page = (tmp_path / "decode.md").read_text(encoding="utf-8")
-    assert page.count("| tiny |") == 2 and "--models tiny" in page
-    rows = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["rows"]
-    assert all(row["engine"] > 0 and row["bare"] > 0 for row in rows)
-    assert 0 < rows[-1]["planning"] < 1
+    engine.write_model(tmp_path / "tiny", "tiny")
+    found = decode.parts(str(tmp_path / "tiny"), 0)
+    assert found["step"].keys() == found["bare"].keys() == {"1", "2"}
+    assert all(found["bare"][batch] > 0 and found["step"][batch] > 0 for batch in ("1", "2"))
+    assert 0 < found["planning"] < found["busy"] and found["memory"] > 0
 
 
 def test_fresh_prompts_are_fresh() -> None:

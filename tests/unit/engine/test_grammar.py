@@ -283,6 +283,16 @@ def test_a_schema_is_compiled_once_while_it_is_among_the_last(tokenizer: Tokeniz
     assert len(grammars._compiled) == 2
 
 
+def test_a_schema_that_is_refused_is_compiled_once_too(tokenizer: Tokenizer) -> None:
+    grammars, compiled = Grammars(tokenizer), []
+    whole = grammars._compile
+    grammars._compile = lambda text: compiled.append(text) or whole(text)  # type: ignore[func-returns-value, method-assign]
+    for _ in range(3):
+        with pytest.raises(Refused, match="Invalid type: nonsense"):
+            grammars.matcher({"type": "nonsense"})
+    assert len(compiled) == 1
+
+
 def test_without_the_library_the_extra_is_named(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import heliostat.llm
-from heliostat.build import load_modules, modules_of, read_family
+from heliostat.build import load_modules, load_tokenizer, modules_of, read_family
 from heliostat.engine import ledger as made
 from heliostat.engine.ledger import MIB, Ledger, available_memory, ledger_of, weights_of
 from heliostat.engine.paged import PagePool
+from heliostat.engine.plan import plan_around
 from heliostat.errors import Refused
 from heliostat.llm import LLM
 
@@ -113,3 +114,37 @@ def test_what_is_there_already_takes_nothing_more(tiny_family: Path) -> None:
     rest = weights_of(tiny_family, family, needed, dtype=torch.float32, there={"base", "plan.own"})
     assert [what for what, _ in rest.lines] == ["weights of math.own"] and rest.total < both.total
     assert not weights_of(tiny_family, family, needed, dtype=torch.float32, there=set(needed)).lines
+
+
+def test_around_weights_in_memory_pages_and_workspace_must_fit(
+    tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = read_family(tiny_family)
+    modules = load_modules(tiny_family, family, ["base"], dtype=torch.float32)
+    tokenizer = load_tokenizer(tiny_family, family)
+    rows = {"base": family.row("base")}
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("a pool was made all the same")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(heliostat.llm, "Engine", never)
+        with pytest.raises(Refused, match=r"pages of keys and values +[\d.]+ MiB\n.*workspace"):
+            LLM.of(modules, rows, tokenizer, memory_mib=1)
+        patched.setattr(heliostat.llm, "available_memory", lambda device: MIB)
+        with pytest.raises(Refused, match=r"there is +1.0 MiB"):
+            LLM.of(modules, rows, tokenizer)
+    llm = LLM.of(modules, rows, tokenizer, cache_mib=2, max_running=8)
+    pages = llm.engine.table.pages
+    whole = ledger_of(
+        tiny_family,
+        family,
+        ["base"],
+        dtype=torch.float32,
+        pages=pages,
+        page_size=16,
+        max_running=8,
+        max_tokens_per_step=2048,
+    )
+    room = plan_around([modules["base"].model], max_length=None, cache_mib=2, max_running=8)
+    assert room.pages == pages and room.ledger.lines == whole.lines[1:]

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heliostat.errors import Refused
-from heliostat.model.tokenizer import TextStream, Tokenizer
+from heliostat.model.text_stream import TextStream
+from heliostat.model.tokenizer import Tokenizer
 
 Folder = Callable[..., Path]
 END, STOP = 4, 2  # <|end|>, </s>

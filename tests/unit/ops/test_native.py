@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heliostat.ops import native
+from heliostat.ops.best import best, plain_best
 from heliostat.ops.gate import gated, plain_gated
-from heliostat.ops.linear import FEW, linear
+from heliostat.ops.linear import linear
 from heliostat.ops.native import compiling
 from heliostat.ops.norm import plain_rms_norm, rms_norm
 from heliostat.ops.rope import cos_sin, plain_rotate, rotate
@@ -106,10 +107,41 @@ def test_with_gradients_wanted_the_twins_run() -> None:
     assert x.grad is not None and weight.grad is not None
 
 
-def test_many_rows_are_torchs_business() -> None:
-    x, weight = some((FEW + 1, 8), 0), some((4, 8), 1)
-    with torch.inference_mode():
-        assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
+@needs_kernels
+@pytest.mark.parametrize("shape", [(70, 33, 96), (257, 32, 64), (9, 5, 7), (33, 100, 34)])
+@pytest.mark.parametrize("kind", [(torch.float32, 2e-5), (torch.bfloat16, 0.02)])
+@torch.inference_mode()
+def test_products_of_many_rows_are_torchs_and_no_row_depends_on_the_others(
+    shape: tuple[int, int, int], kind: tuple[torch.dtype, float]
+) -> None:
+    (rows, outputs, inputs), (dtype, tolerance) = shape, kind
+    x, weight = some((rows, inputs), 0, dtype), some((outputs, inputs), 1, dtype) / inputs**0.5
+    got = linear(x, weight)
+    close(got, (x.float() @ weight.float().T).to(dtype), tolerance)
+    assert all(torch.equal(linear(x[:some_rows], weight), got[:some_rows]) for some_rows in range(2, 11))
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 70),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_best_is_its_twin_and_the_first_of_equals(
+    rows: int, width: int, dtype: torch.dtype, seed: int
+) -> None:
+    logits = (some((rows, width), seed) * 2).round().to(dtype)  # few values: many equals
+    for got, want in zip(best(logits), plain_best(logits), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 18])
+def test_the_best_tells_of_numbers_that_are_none(what: float, place: int) -> None:
+    logits = some((3, 19), 0)
+    logits[1, place] = what
+    assert best(logits)[1].tolist() == [True, False, True]
 
 
 def test_switched_off_all_runs_on_torch() -> None:

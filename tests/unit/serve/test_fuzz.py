@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from heliostat.serve.dialect import HARMLESS, IGNORED, ChatAsking, TextAsking
+from heliostat.serve.responses import ResponsesAsking
 from tests.unit.serve.conftest import Served, Serving
 
-NAMES = sorted(ChatAsking.model_fields.keys() | TextAsking.model_fields.keys() | HARMLESS.keys() | IGNORED)
+KINDS = (ChatAsking, TextAsking, ResponsesAsking)
+NAMES = sorted(HARMLESS.keys() | IGNORED | {name for kind in KINDS for name in kind.model_fields})
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none()
     | st.booleans()
@@ -46,6 +48,7 @@ BODIES = st.fixed_dictionaries(
     optional={
         "model": st.sampled_from(["base", "math", "plan", "code@v1"]) | VALUES,
         "messages": TURNS | st.just([{"role": "user", "content": "add"}]),
+        "input": st.text(max_size=8) | TURNS | VALUES,
         "prompt": st.text(max_size=8) | VALUES | st.lists(st.integers(0, 299), max_size=4),
         "max_tokens": st.integers(-1, 6) | VALUES,
     },
@@ -54,7 +57,8 @@ BODIES = st.fixed_dictionaries(
         lambda more: {**more, **body}
     )
 )
-PATHS = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/admin/members/math/canary"]
+ANSWERING = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+PATHS = [*ANSWERING, "/tokenize", "/detokenize", "/admin/members/math/canary"]
 
 
 @dataclass
@@ -81,6 +85,7 @@ def test_nothing_is_the_servers_fault(running: Running, path: str, body: dict[st
         served = running.served
         # Answers without an end of their own would only take time.
         body["max_tokens"] = 3 if body.get("max_tokens") is None else body["max_tokens"]
+        body["max_output_tokens"] = body["max_tokens"]
         body.pop("max_completion_tokens", None)
         reply = await served.client.post(path, content=json.dumps(body))
         assert reply.status_code < 500, reply.text

@@ -99,6 +99,18 @@ def test_a_member_rolls_while_a_request_ends_on_the_old_one(
     run(work())
 
 
+async def held_on_one_version(served: Served, reply: Any, either: set[str]) -> None:
+    """A conversation goes on with who answered it, and a user with who answered first."""
+    turns = [{"role": "user", "content": "add 2 and 3"}, reply["choices"][0]["message"]]
+    turns.append({"role": "user", "content": "add 2 and 3"})
+    replies = [await served.chat(model="math", messages=turns) for _ in range(5)]
+    assert {each["system_fingerprint"] for each in replies} == {reply["system_fingerprint"]}
+    for user in ("alice", "bob"):
+        replies = [await served.chat(model="math", user=user) for _ in range(5)]
+        assert len({each["system_fingerprint"] for each in replies}) == 1
+        assert said(replies[0]) in either
+
+
 def test_a_canary_gets_its_share_and_then_all(
     serving: Serving, tiny_family: Path, tiny_data: Path, tune_member: Tune
 ) -> None:
@@ -115,6 +127,7 @@ def test_a_canary_gets_its_share_and_then_all(
             assert [(m["version"], m["share"]) for m in found] == [("math@v1", 0.75), ("math@v2", 0.25)]
             replies = await asyncio.gather(*(served.chat(model="math") for _ in range(20)))
             assert Counter(map(said, replies)) == {old: 15, new: 5}
+            await held_on_one_version(served, replies[0], {old, new})
             assert said(await served.chat(model="math@v2")) == new
             assert {c["id"] for c in (await served.get("/v1/models"))["data"]} == {
                 "base",

@@ -25,7 +25,9 @@ _ARGUMENTS = {
     "rotate": [_POINTER, _COUNT, _POINTER, _POINTER] + [_COUNT] * 3,
     "gated": [_POINTER] * 2 + [_COUNT] * 2,
     "write_pages": [_POINTER] * 2 + [_COUNT] * 2 + [_POINTER] * 2 + [_COUNT] + [_POINTER] * 2 + [_COUNT],
-    "attend": [_POINTER, _COUNT] + [_POINTER] * 8 + [_COUNT] * 5 + [_NUMBER],
+    "attend": [_POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 4 + [_NUMBER],
+    "blocks": [_POINTER],
+    "best": [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER],
 }
 
 WIDEST_HEAD = 256
@@ -82,6 +84,11 @@ def _call(name: str, like: Tensor, *arguments: object) -> None:
     getattr(_library(), f"{name}_{_SUFFIX[like.dtype]}")(*arguments)
 
 
+def run_blocks(like: Tensor, blocks: ctypes.Structure) -> None:
+    """All blocks of a transformer, as ``heliostat.ops.native.blocks`` lays them out."""
+    _call("blocks", like, ctypes.byref(blocks))
+
+
 def _at(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -130,6 +137,15 @@ def write_pages(k: Tensor, v: Tensor, rows: Tensor, slots: Tensor, keys: Tensor,
     _call("write_pages", k, _at(k), _at(v), *strides, *lists, heads * width)
 
 
+class Entries(ctypes.Structure):
+    """``Ragged`` as the kernels read it."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("rows", "visible", "starts", "pages", "page_starts")),
+        ("count", _COUNT),
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Ragged:
     """Entries of a pass laid end to end, int64. Entry e: rows and visible [starts[e], starts[e + 1]), its pages
@@ -142,14 +158,25 @@ class Ragged:
     pages: Tensor  # [M] page numbers
     page_starts: Tensor  # [entries]
 
+    def laid(self) -> Entries:
+        """Good for as long as the tensors are."""
+        lists = (self.rows, self.visible, self.starts, self.pages, self.page_starts)
+        return Entries(*map(_at, lists), self.page_starts.numel())
+
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, entries: Ragged) -> Tensor:
     """q [T, H, D] (rows contiguous) over pages [P, S, K, D] -> [T, H, D]."""
     out = q.new_empty(q.shape)
     _, slots, kv_heads, width = keys.shape
     assert width <= WIDEST_HEAD, width  # the kernel's buffers end there
-    lists = (entries.rows, entries.visible, entries.starts, entries.pages, entries.page_starts)
-    count = entries.page_starts.numel()
-    sizes = (count, q.shape[1], kv_heads, width, slots, width**-0.5)
-    _call("attend", q, _at(q), q.stride(0), _at(keys), _at(values), _at(out), *map(_at, lists), *sizes)
+    where = (_at(q), q.stride(0), _at(keys), _at(values), _at(out), ctypes.byref(entries.laid()))
+    _call("attend", q, *where, q.shape[1], kv_heads, width, slots, width**-0.5)
     return out
+
+
+def best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row [N, V] (contiguous): where its highest number stands, the first of equals, and whether all are finite."""
+    tokens = torch.empty(logits.shape[0], dtype=torch.long)
+    finite = torch.empty(logits.shape[0], dtype=torch.bool)
+    _call("best", logits, _at(logits), *logits.shape, _at(tokens), _at(finite))
+    return tokens, finite

@@ -1,0 +1,89 @@
+// All blocks of a transformer over the rows of a pass, in one parallel region. Keys and values lie in pages.
+
+#pragma once
+
+#include <omp.h>
+
+#include "pages.h"
+#include "products.h"
+#include "rows.h"
+
+namespace {
+
+// The weights of a block; null where the model has none. Products of one input are joined.
+template <class T>
+struct Weights {
+  const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down,
+      *down_bias;
+};
+
+struct Shape {
+  int64_t layers, width, heads, kv_heads, head_width, mlp_width;
+  int64_t slots, layer_numbers;  // of a page; numbers of all pages of a layer
+};
+
+template <class T>
+struct Blocks {
+  Shape shape;
+  const Weights<T>* weights;  // [layers]
+  int64_t rows;
+  T* x;     // [rows, width]: what comes in, and what goes out
+  T* room;  // `room_numbers` for every row
+  const T *cos, *sin;  // [rows, head_width]
+  T *keys, *values;    // [layers, pages, slots, kv_heads, head_width]
+  const int64_t *write_rows, *write_slots;
+  int64_t writes;
+  Entries entries;
+  float eps;
+
+  int64_t qkv_width() const { return (shape.heads + 2 * shape.kv_heads) * shape.head_width; }
+
+  void product(const T* from, const T* w, const T* bias, const T* residual, T* out, int64_t outputs,
+               int64_t inputs) const {
+    Product<T>{from, inputs, w, bias, residual, out, rows, outputs, inputs}.run();
+  }
+
+  // Head norms where there are any, then rotation, of all heads of queries and keys.
+  void turn(T* qkv, const Weights<T>& own) const {
+    const int64_t d = shape.head_width;
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t h = 0; h < shape.heads + shape.kv_heads; ++h) {
+        T* head = qkv + r * qkv_width() + h * d;
+        const T* norm = h < shape.heads ? own.q_norm : own.k_norm;
+        if (norm) norm_row(head, norm, head, d, eps);
+        rotate_head(head, cos + r * d, sin + r * d, d);
+      }
+  }
+
+  void block(int64_t layer, const std::vector<Task>& tasks) const {
+    const Weights<T>& own = weights[layer];
+    const int64_t d = shape.head_width, q_width = shape.heads * d, kv_width = shape.kv_heads * d, f = shape.mlp_width;
+    T *normed = room, *qkv = normed + rows * shape.width, *said = qkv + rows * qkv_width();
+    T *wide = said + rows * q_width, *narrow = wide + rows * 2 * f;
+    T *k = keys + layer * shape.layer_numbers, *v = values + layer * shape.layer_numbers;
+
+    rms_norm(x, own.input_norm, normed, rows, shape.width, eps);
+    product(normed, own.qkv, own.qkv_bias, nullptr, qkv, qkv_width(), shape.width);
+    turn(qkv, own);
+    write_pages(qkv + q_width, qkv + q_width + kv_width, qkv_width(), qkv_width(), write_rows, write_slots, writes, k, v,
+                kv_width);
+    Attention<T>{qkv, qkv_width(), k, v, said, entries, shape.heads, shape.kv_heads, d, shape.slots,
+                 1.0f / __builtin_sqrtf(static_cast<float>(d))}
+        .run(tasks);
+    product(said, own.o, own.o_bias, x, x, shape.width, q_width);
+
+    rms_norm(x, own.post_norm, normed, rows, shape.width, eps);
+    product(normed, own.gate_up, own.gate_up_bias, nullptr, wide, 2 * f, shape.width);
+    gated(wide, narrow, rows, f);
+    product(narrow, own.down, own.down_bias, x, x, shape.width, f);
+  }
+
+  void run() const {
+    const auto tasks = tasks_of(entries, shape.heads, shape.kv_heads, omp_get_max_threads());
+#pragma omp parallel
+    for (int64_t layer = 0; layer < shape.layers; ++layer) block(layer, tasks);
+  }
+};
+
+}  // namespace

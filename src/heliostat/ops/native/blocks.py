@@ -1,0 +1,116 @@
+"""All blocks of a transformer in one call of the compiled kernels, over keys and values that lie in pages."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from heliostat.ops import native
+
+PARTS = (
+    "input_norm",
+    "qkv",
+    "qkv_bias",
+    "q_norm",
+    "k_norm",
+    "o",
+    "o_bias",
+    "post_norm",
+    "gate_up",
+    "gate_up_bias",
+    "down",
+    "down_bias",
+)
+"""The weights of a block in the kernel's order: products of one input joined, norms of heads and biases where there are."""
+
+KEPT = 64
+"""Rows up to which the room of a call is kept for the next: decode steps, not prompts."""
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = [(part, ctypes.c_void_p) for part in PARTS]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "layers",
+            "width",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "mlp_width",
+            "slots",
+            "layer_numbers",
+        )
+    ]
+
+
+class _Blocks(ctypes.Structure):
+    _fields_ = [
+        ("shape", _Shape),
+        ("weights", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "room", "cos", "sin", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("write_rows", "write_slots")),
+        ("writes", ctypes.c_int64),
+        ("entries", native.Entries),
+        ("eps", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """Where the keys and values of a pass lie, in all layers, and who writes and asks."""
+
+    keys: Tensor  # [L, P, S, K, D]
+    values: Tensor  # [L, P, S, K, D]
+    writes: Tensor  # [W] rows of the pass that write, int64
+    slots: Tensor  # [W] where to: page * S + place, int64
+    entries: native.Ragged
+
+
+class Blocks:
+    """The blocks of one model; its weights stay where they are. Not for two threads at once: they share its room."""
+
+    def __init__(self, weights: Sequence[dict[str, Tensor | None]], *, heads: int, eps: float) -> None:
+        """``weights``: for each layer a tensor or None for each of PARTS, all of one dtype, contiguous, on the CPU."""
+        self._weights, first = weights, weights[0]  # held, so that the addresses stay good
+        at = [[None if (part := own[name]) is None else part.data_ptr() for name in PARTS] for own in weights]
+        self._at = (_Weights * len(weights))(*(_Weights(*own) for own in at))
+        qkv, o, down = first["qkv"], first["o"], first["down"]
+        assert qkv is not None and o is not None and down is not None
+        head_width = o.shape[1] // heads
+        kv_heads = (qkv.shape[0] - o.shape[1]) // head_width // 2
+        self._sizes = (len(weights), qkv.shape[1], heads, kv_heads, head_width, down.shape[1])
+        self._numbers = qkv.shape[1] + qkv.shape[0] + o.shape[1] + 3 * down.shape[1]
+        self._room, self._eps = qkv.new_empty(0), eps
+
+    def serves(self, x: Tensor, laid: Laid) -> bool:
+        """Whether this can run: rows x [T, E] and pages of the weights' number format, no gradient wanted."""
+        return native.attends(laid.keys) and x.dim() == 2 and x.dtype == laid.keys.dtype == self._room.dtype
+
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], laid: Laid) -> None:
+        """x [T, E] (contiguous, changed in place) through all blocks; ``angles``: cos and sin [T, 1, D]."""
+        rows, room = x.shape[0], self._room
+        if room.numel() < rows * self._numbers:
+            room = x.new_empty(rows * self._numbers)
+            if rows <= KEPT:
+                self._room = room
+        pages, slots = laid.keys.shape[1:3]
+        shape = _Shape(*self._sizes, slots, pages * slots * self._sizes[3] * self._sizes[4])
+        parts = (x, room, *angles, laid.keys, laid.values, laid.writes, laid.slots)
+        at = [part.data_ptr() for part in parts]
+        asked = (laid.writes.numel(), laid.entries.laid(), self._eps)
+        native.run_blocks(x, _Blocks(shape, ctypes.addressof(self._at), rows, *at, *asked))
+
+
+def weights_of(**parts: Tensor | None) -> dict[str, Tensor | None]:
+    """The weights of one block, by PARTS; what is not named is not there."""
+    unknown = parts.keys() - set(PARTS)
+    assert not unknown, unknown
+    return {part: None if (own := parts.get(part)) is None else own.detach() for part in PARTS}
