@@ -20,8 +20,8 @@ def passes(draw: st.DrawFn) -> Pass:
     for adapter in adapters:
         start = len(made.tokens)
         for _ in range(draw(st.integers(1, 5))):
-            row = len(made.tokens)
-            if waiting and draw(st.booleans()):  # the second row of a token: it asks, and writes nothing
+            row, again = len(made.tokens), draw(st.booleans())
+            if again and waiting:  # the second row of a token: it asks, and writes nothing
                 entry = waiting.pop()
                 entry.rows.append(row)
                 entry.visible.append(entry.visible[0])
