@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Module
@@ -18,7 +19,7 @@ from heliostat.linear.adapter import adapter_parameters, digest_adapter, load_ad
 from heliostat.linear.lora import Route, adapter_of, remove_adapter, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.transformer import Transformer
+from heliostat.model.transformer import Attend, Tape, Transformer
 from heliostat.model.weights import DIGEST, checkpoint_facts, digest_folder, load_transformer, weight_files
 
 FAMILY = "family.json"
@@ -35,6 +36,12 @@ class Loaded:
     weights: str
     model: Transformer
     adapter: str | None = None
+    tape: Tape | None = None
+    """Which of its branches carry gradient; None: all."""
+
+    def run(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states of a pass that runs this module alone (see ``Transformer.forward``)."""
+        return self.model(ids, positions, attend, self.route, self.tape)
 
     @property
     def route(self) -> Route:

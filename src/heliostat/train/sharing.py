@@ -119,9 +119,9 @@ def _prompt_pass(layout: Layout, writer: Loaded) -> tuple[KeyValues, Tensor]:
     ids = layout.prompt
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if layout.answers is None:
-        return {}, writer.model(ids, positions, Causal(), writer.route)
+        return {}, writer.run(ids, positions, Causal())
     recording = Recording(Causal())
-    hidden = writer.model(ids, positions, recording, writer.route)
+    hidden = writer.run(ids, positions, recording)
     return recording.written, hidden
 
 
@@ -143,7 +143,7 @@ def _answer_passes(
 
 
 def _run(module: Loaded, answers: Answers, seam: Reading | Recording) -> Tensor:
-    return module.model(answers.ids, answers.positions, seam, module.route)
+    return module.run(answers.ids, answers.positions, seam)
 
 
 def sees_all(answers: Answers, prompt: int) -> Tensor:
