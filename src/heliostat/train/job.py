@@ -28,8 +28,9 @@ from heliostat.linear.lora import adapter_of, add_adapter
 from heliostat.model.config import ModelConfig
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.data import Batches, Example, Examples, read_examples
+from heliostat.train.dropbp import UNIFORM_SHARE, Dropping, branches_of
 from heliostat.train.formats import Record, read_jsonl
-from heliostat.train.objective import MemberObjective
+from heliostat.train.objective import Learner, MemberObjective
 from heliostat.train.recipe import Recipe, Settled
 from heliostat.train.teacher import taught_examples
 from heliostat.train.track import check_tracker
@@ -122,10 +123,39 @@ def settle(recipe: Recipe, config: ModelConfig) -> Settled:
     return settled.model_copy(update={"max_length": min(settled.max_length, config.max_length)})
 
 
-def objective_of(job: Job) -> MemberObjective:
+def objective_of(job: Job, *, tell: Callable[[str], None] = lambda line: None) -> MemberObjective:
     """What the job learns, step by step."""
     batches = Batches(job.examples, batch_size=job.recipe.per_device_train_batch_size, seed=job.recipe.seed)
-    return MemberObjective(batches, job.recipe.gradient_accumulation_steps, job.row, job.modules, job.teacher)
+    learner = _learner(job, tell) if job.recipe.dropbp else None
+    accumulation = job.recipe.gradient_accumulation_steps
+    return MemberObjective(batches, accumulation, job.row, job.modules, job.teacher, learner)
+
+
+def _learner(job: Job, tell: Callable[[str], None]) -> Learner:
+    """Who is trained, with the branches that the recipe drops."""
+    recipe, row, model = job.recipe, job.row, job.modules[job.own].model
+    length = sum(len(e.ids) for e in job.examples) / len(job.examples)
+    # Whoever reads what the member writes hears of it through keys and values alone: they stay on the tape.
+    readers = {row.answer_writer, row.speaker} if job.own == row.prompt_writer else {row.speaker}
+    writes = job.own in (row.prompt_writer, row.answer_writer)
+    written = writes and readers != {job.own}
+    branches = branches_of(
+        model.config,
+        job.parameters,
+        whole=recipe.tuner == "full",
+        writes_for_itself=writes and not written,
+        context=length / 2 if job.own == row.prompt_writer else length,
+    )
+    dropping = Dropping(
+        branches,
+        recipe.dropbp,
+        seed=recipe.seed,
+        measured_at=max(1, round(UNIFORM_SHARE * job.steps)) if recipe.dropbp_rates == "sensitivity" else None,
+        folder=job.run_folder,
+        written=written,
+        tell=tell,
+    )
+    return Learner(job.own, job.parameters, dropping, recipe.bf16)
 
 
 def learned(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, choose, sharing_named
 from heliostat.tasks.grade import METRICS
+from heliostat.train.droprates import HIGHEST
 
 Auto = Literal["auto"]
 Tuner = Literal["full", "lora"]
@@ -158,6 +159,10 @@ class Recipe(Pace):
     """Share of the steps in which the learning rate rises to its peak; auto: by sharing."""
     weight_decay: Weight | Auto = "auto"
     """Decay of weight matrices by AdamW; auto: by sharing."""
+    dropbp: float = Field(0.0, ge=0, le=HIGHEST)
+    """Share of the residual branches' backward pass that is left out, by DropBP; 0: none."""
+    dropbp_rates: Literal["sensitivity", "uniform"] = "sensitivity"
+    """Which branches dropbp leaves out: the least sensitive most often, measured after a tenth of the run, or all alike."""
     num_train_epochs: Positive = 1.0
     """Times the data are gone through."""
     max_steps: int = -1
@@ -225,8 +230,9 @@ class Recipe(Pace):
         """Whether a member's remembered recipe is what this one comes to, but for the ``ignored`` arguments."""
         asked = self.model_dump(mode="json", exclude={"family", "member", *ignored})
         longest = settled.get("max_length", 0)  # never more than the model takes
+        fields = type(self).model_fields
         return longest <= asked.pop("max_length") and all(
-            value in ("auto", settled.get(name)) for name, value in asked.items()
+            value in ("auto", settled.get(name, fields[name].default)) for name, value in asked.items()
         )
 
     def total_steps(self, steps_per_epoch: int) -> int:

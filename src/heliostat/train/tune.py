@@ -98,7 +98,7 @@ def tune(
             watching(job) as watch,
             tracking(job.recipe, watch, run_folder, recipe.member, tell=echo) as both,
         ):
-            history = _run(job, both)
+            history = _run(job, both, echo)
         draw_loss(
             history, run_folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}"
         )
@@ -119,10 +119,11 @@ def _check_name(family: Family, recipe: Recipe) -> None:
     family.free_name(name, folder=folder)
 
 
-def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
+def _run(job: Job, watch: Watch, echo: Callable[[str], None]) -> tuple[Mapping[str, Any], ...]:
     recipe = job.recipe
     settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
-    run = Run(objective_of(job), job.parameters, settings, job.run_folder, _identity(job), watch, _judge(job))
+    objective = objective_of(job, tell=echo)
+    run = Run(objective, job.parameters, settings, job.run_folder, _identity(job), watch, _judge(job))
     return run.fit(resume=recipe.resume_from_checkpoint is not False).history
 
 
@@ -144,7 +145,8 @@ def _judge(job: Job) -> Callable[[], Mapping[str, float]] | None:
 
 
 def _identity(job: Job) -> str:
-    facts = job.recipe.model_dump(exclude=set(FREE)) | {
+    unused = () if job.recipe.dropbp else ("dropbp", "dropbp_rates")  # as runs say that were begun before it was
+    facts = job.recipe.model_dump(exclude={*FREE, *unused}) | {
         "report_to": "none",  # as runs say that were begun before it could be anything else
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
         "digests": {
