@@ -16,7 +16,7 @@ from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Module
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import adapter_parameters, digest_adapter, load_adapter
-from heliostat.linear.lora import Route, adapter_of, remove_adapter, whole
+from heliostat.linear.lora import Route, parts_of, remove_adapter, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Attend, Tape, Transformer
@@ -217,7 +217,7 @@ def load_modules(
             models[module.weights] = load_transformer(path, read_config(path), dtype=dtype, device=device)
         model = models[module.weights]
         if module.base is not None:
-            if adapter_of(model, name):  # of weights in memory already: somebody may be using it
+            if parts_of(model, name):  # of weights in memory already: somebody may be using it
                 raise Refused(f"module {name!r} is loaded already: unload it first")
             load_adapter(module_folder(folder, module), model, name)
         loaded[name] = Loaded(name, module.digest, module.weights, model, name if module.base else None)

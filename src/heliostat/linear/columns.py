@@ -152,7 +152,7 @@ class _Tuned(torch.autograd.Function):
     """The tuned Linear on the tape. Kept for the backward pass: x[..., I], and what lives anyway (weight, D, I)."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913 - autograd wants every tensor as an argument
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,

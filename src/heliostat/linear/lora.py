@@ -75,7 +75,7 @@ class AdaptedLinear(nn.Module):
     def part(self, name: str | None) -> Part | None:
         """The adapter of that name; None where it does not sit here."""
         key = _key(name) if name is not None else ""
-        return self.adapters[key] if key in self.adapters else None  # type: ignore[return-value]
+        return self.adapters[key] if key in self.adapters else None  # type: ignore[return-value]  # noqa: SIM401
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]; ``route`` speaks of x's first dimension."""
@@ -107,7 +107,9 @@ class AdaptedLinear(nn.Module):
         """While columns are resident, the weight is theirs alone."""
         resident = self._resident()
         if resident is not None and resident is not part:
-            raise Refused("tuned columns stand in this weight, so nothing else can run on it: lift them first")
+            raise Refused(
+                "tuned columns stand in this weight, so nothing else can run on it: lift them first"
+            )
 
 
 class Linear(nn.Linear):

@@ -1,4 +1,4 @@
-"""PaCA (arXiv 2503.01905): which columns of which Linears are tuned, put on, written in, lifted, merged.
+"""PaCA (arXiv 2503.01905) on a model: columns put on, written into the weights, lifted, merged, saved and loaded.
 
 For heliostat's own transformer and for models of transformers alike::
 
@@ -10,23 +10,20 @@ For heliostat's own transformer and for models of transformers alike::
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from heliostat.errors import Refused
-from heliostat.linear.columns import Columns, Gather, is_dense
-from heliostat.linear.lora import AdaptedLinear, adapted_at, adapted_linears, put_part
+from heliostat.linear.adapter import linear_at, read_adapter, save_as_lora, save_columns
+from heliostat.linear.choice import Choice, add_columns, inner_of, put_columns
+from heliostat.linear.columns import Columns
+from heliostat.linear.lora import AdaptedLinear, adapted_at, adapted_linears
 
-Choice = Literal["random", "norm", "gradient"]
-"""How columns are chosen: by chance, the longest ones, or those on which the first batch pulls most."""
 Form = Literal["resident", "delta"]
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that read one input: they tune the same columns, so that those are gathered once."""
 DEFAULT = "default"
 
 
@@ -50,50 +47,8 @@ def apply(
     names = _targets(model, targets)
     model.requires_grad_(False)
     paths = add_columns(model, name, r=r, targets=names, choice=choice, seed=seed, loss=loss)
-    _refuse_tied(model, paths)
-    wear(model, name, form=form)
-    model.register_forward_pre_hook(_before)
+    _begin(model, name, paths, form)
     return paths
-
-
-def add_columns(
-    model: nn.Module,
-    name: str,
-    *,
-    r: int,
-    targets: Iterable[str],
-    choice: Choice = "random",
-    seed: int = 0,
-    loss: Callable[[], Tensor] | None = None,
-) -> list[str]:
-    """Put fresh columns, in delta form, on every Linear whose last name is in ``targets``; returns their full names.
-
-    ``loss`` of a first batch, through the very adapter called ``name``, is needed for the choice "gradient" only.
-    """
-    groups = _groups(model, set(targets))
-    for paths in groups:
-        inputs = _inputs(model, paths)
-        if not 1 <= r <= inputs:
-            raise Refused(f"r is {r}: {paths[0]} has {inputs} inputs, so it must be from 1 to {inputs}")
-    scores = _scores(model, name, groups, choice, loss)
-    for paths in groups:
-        inputs = _inputs(model, paths)
-        picked = _drawn(inputs, r, seed, paths[0]) if choice == "random" else _best(scores[paths[0]], r)
-        _put(model, name, paths, picked)
-    return sorted(path for paths in groups for path in paths)
-
-
-def put_columns(model: nn.Module, name: str, columns: Mapping[str, Tensor]) -> dict[str, Columns]:
-    """Put on columns that are known already, by path; Linears of one input and equal columns gather them once."""
-    groups: dict[tuple[str, bytes], list[str]] = {}
-    for path, chosen in columns.items():
-        key = (_group(path), chosen.cpu().numpy().tobytes())
-        groups.setdefault(key, []).append(path)
-    return {
-        path: part
-        for paths in groups.values()
-        for path, part in _put(model, name, paths, columns[paths[0]]).items()
-    }
 
 
 def columns_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Columns]:
@@ -108,8 +63,9 @@ def columns_of(model: nn.Module, name: str = DEFAULT) -> dict[str, Columns]:
 def wear(model: nn.Module, name: str | None, *, form: Form = "resident") -> None:
     """From now on the model, called as its library calls it, is the one tuned as ``name``; None: the base, bit by bit."""
     for module in adapted_linears(model).values():
-        for key in module.adapters:
-            if isinstance(part := module.part(key), Columns) and not (key == name and form == "resident"):
+        own = module.part(name)
+        for part in module.adapters.values():
+            if isinstance(part, Columns) and not (part is own and form == "resident"):
                 part.lift(module.inner)
         module.worn = name
     if name is not None and form == "resident":
@@ -136,19 +92,57 @@ def refresh(model: nn.Module) -> None:
                 part.refresh(module.inner)
 
 
-def merge(model: nn.Module, name: str | None = None) -> nn.Module:
-    """The plain model again, with the columns called ``name`` (None: those it wears) in its weights for good."""
+def merge(model: nn.Module) -> nn.Module:
+    """The plain model again, with the columns that it wears in its weights for good; all adapters are off."""
     for path, module in adapted_linears(model).items():
-        own = module.worn if name is None else name
-        wear(module, None)
-        if isinstance(part := module.part(own), Columns):
-            part.settle(module.inner)
+        part = module.part(module.worn)
+        if part is not None and not isinstance(part, Columns):
+            raise Refused(f"{path} wears a low-rank adapter, not columns: paca cannot merge it")
+        if part is not None and not part.resident:
+            wear(module, module.worn)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.inner)
     return model
 
 
-# --- which columns --------------------------------------------------------------------------------------------
+def save(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, small: bool = False) -> None:
+    """Write the tuned columns as a LoRA in PEFT's format, without loss.
+
+    ``small``: as PEFT's PaCA, which PEFT reads from 0.22 on, without the matrices that select columns.
+    """
+    parts = columns_of(model, name)
+    if not parts:
+        raise Refused(f"nothing to save: this model has no columns called {name!r}")
+    columns = {path: (part.delta, part.columns) for path, part in parts.items()}
+    base = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+    if small:
+        return save_columns(Path(folder), columns, base=base)
+    inputs = {path: inner_of(model, path).in_features for path in parts}
+    save_as_lora(Path(folder), columns, inputs, base=base)
+
+
+def load(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, form: Form = "resident") -> list[str]:
+    """Freeze the model and let it wear saved columns, ours or PEFT's; returns the full names of its tuned Linears.
+
+    They can be trained on. Raises Refused where the folder's adapter is no selection of columns, or does not fit.
+    """
+    saved = read_adapter(Path(folder))
+    chosen = {path: part.columns for path, part in saved.items() if part.columns is not None}
+    if other := sorted(set(saved) - set(chosen)):
+        raise Refused(f"{folder}: the adapter on {other[0]} is low-rank, no selection of columns")
+    for path, part in saved.items():
+        part.refuse_other_shape(Path(folder), path, linear_at(model, path, Path(folder)))
+    model.requires_grad_(False)
+    for path, placed in put_columns(model, name, chosen).items():
+        placed.delta.data = (saved[path].b.float() * saved[path].scale).to(placed.delta.device)
+    _begin(model, name, sorted(chosen), form)
+    return sorted(chosen)
+
+
+def _begin(model: nn.Module, name: str, paths: Sequence[str], form: Form) -> None:
+    _refuse_tied(model, paths)
+    wear(model, name, form=form)
+    model.register_forward_pre_hook(_before)
 
 
 def _targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
@@ -157,13 +151,17 @@ def _targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     there = {
         path.rsplit(".", 1)[-1]
         for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, AdaptedLinear)) and module is not head and not path.endswith(".inner")
+        if isinstance(module, (nn.Linear, AdaptedLinear))
+        and module is not head
+        and not path.endswith(".inner")
     }
     if isinstance(targets, str):
         targets = sorted(there) if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     names = list(targets)
     if unknown := sorted(set(names) - there):
-        raise Refused(f"targets {', '.join(unknown)}: this model has {', '.join(sorted(there)) or 'no Linear'}")
+        raise Refused(
+            f"targets {', '.join(unknown)}: this model has {', '.join(sorted(there)) or 'no Linear'}"
+        )
     return names
 
 
@@ -175,105 +173,9 @@ def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:
     for path in paths:
         shared = holders[model.get_submodule(path).weight.data_ptr()]  # type: ignore[union-attr,operator]
         if len(shared) > 1:
-            raise Refused(f"{path} is tied: its weight is also {', '.join(n for n in shared if path not in n)}")
-
-
-def _group(path: str) -> str:
-    """What Linears of one input have in common: where they sit, and which of TOGETHER they belong to."""
-    parent, _, leaf = path.rpartition(".")
-    return f"{parent}.{next((names[0] for names in TOGETHER if leaf in names), leaf)}"
-
-
-def _groups(model: nn.Module, targets: set[str]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        if path.rsplit(".", 1)[-1] in targets and isinstance(module, (nn.Linear, AdaptedLinear)):
-            groups.setdefault(_group(path), []).append(path)
-    return list(groups.values())
-
-
-def _inputs(model: nn.Module, paths: Sequence[str]) -> int:
-    found = {_inner(model, path).in_features for path in paths}
-    assert len(found) == 1, f"{', '.join(paths)} read inputs of {found}"
-    return found.pop()
-
-
-def _inner(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
-    inner = module.inner if isinstance(module, AdaptedLinear) else module
-    assert isinstance(inner, nn.Linear)
-    return inner
-
-
-def _drawn(inputs: int, r: int, seed: int, where: str) -> Tensor:
-    """r of the inputs by chance: other ones at every place, the same for the same seed."""
-    digest = hashlib.sha256(f"{seed} {where}".encode()).digest()
-    chance = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randperm(inputs, generator=chance)[:r].sort().values
-
-
-def _best(scores: Tensor, r: int) -> Tensor:
-    return scores.cpu().topk(r).indices.sort().values
-
-
-def _scores(
-    model: nn.Module,
-    name: str,
-    groups: Sequence[Sequence[str]],
-    choice: Choice,
-    loss: Callable[[], Tensor] | None,
-) -> dict[str, Tensor]:
-    """[in] for each group, by its first path: how much each column counts; nothing where chance decides."""
-    if choice == "random":
-        return {}
-    if choice == "gradient":
-        if loss is None:
-            raise Refused("choice 'gradient' looks at a first batch: give loss, a function that returns its loss")
-        return _pulls(model, name, groups, loss)
-    found = {}
-    for paths in groups:
-        weights = [_inner(model, path) for path in paths]
-        if not all(map(is_dense, weights)):
-            raise Refused(f"choice 'norm' reads weights, and those of {paths[0]} are not dense: choose 'random'")
-        found[paths[0]] = torch.stack([w.weight.detach().float().pow(2).sum(0) for w in weights]).sum(0)
-    return found
-
-
-def _pulls(
-    model: nn.Module, name: str, groups: Sequence[Sequence[str]], loss: Callable[[], Tensor]
-) -> dict[str, Tensor]:
-    """Squared length of each column's gradient, of a batch that runs with every column tuned."""
-    found: dict[str, Tensor] = {}
-
-    def note(first: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        score = parameter.grad.float().pow(2).sum(0)
-        found[first] = found[first] + score if first in found else score
-        parameter.grad = None  # one weight's gradient at a time
-
-    for paths in groups:
-        inner = _inner(model, paths[0])
-        everything = torch.arange(inner.in_features, device=inner.weight.device)
-        for part in _put(model, name, paths, everything).values():
-            part.delta.register_post_accumulate_grad_hook(partial(note, paths[0]))
-    worn = {path: module.worn for path, module in adapted_linears(model, name).items()}
-    for path in worn:
-        adapted_at(model, path).worn = name
-    with torch.enable_grad():
-        loss().backward()  # type: ignore[no-untyped-call]
-    for path, before in worn.items():
-        adapted_at(model, path).worn = before
-    if missing := [paths[0] for paths in groups if paths[0] not in found]:
-        raise Refused(f"no gradient of the first batch reaches {missing[0]}: choose columns by 'random'")
-    return found
-
-
-def _put(model: nn.Module, name: str, paths: Sequence[str], columns: Tensor) -> dict[str, Columns]:
-    gather, parts = Gather(), {}
-    for path in paths:
-        parts[path] = Columns(_inner(model, path).out_features, columns.clone(), gather)
-        put_part(model, path, name, parts[path])
-    return parts
+            raise Refused(
+                f"{path} is tied: its weight is also {', '.join(n for n in shared if path not in n)}"
+            )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
