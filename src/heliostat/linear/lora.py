@@ -75,7 +75,11 @@ class AdaptedLinear(nn.Module):
     def part(self, name: str | None) -> Part | None:
         """The adapter of that name; None where it does not sit here."""
         key = _key(name) if name is not None else ""
-        return self.adapters[key] if key in self.adapters else None  # type: ignore[return-value]  # noqa: SIM401
+        if key not in self.adapters:
+            return None
+        part = self.adapters[key]
+        assert isinstance(part, LowRank | Columns)
+        return part
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]; ``route`` speaks of x's first dimension."""

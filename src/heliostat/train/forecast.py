@@ -165,7 +165,7 @@ def _teacher_weights(family: Family, config: ModelConfig, recipe: Settled) -> in
 
 def _frozen(config: ModelConfig, recipe: Settled, row: Row, trainable: int) -> tuple[int, int]:
     """Parameters that are loaded and do not move, and bytes of those that are not in the member's own weights."""
-    beside = config.parameters if BASE in row.modules or recipe.tuner == "lora" else 0
+    beside = config.parameters if BASE in row.modules or recipe.adapts else 0
     still = config.parameters - trainable if recipe.tuner == "full" else 0
     return beside + still, beside * (2 if recipe.bf16 else 4)
 
@@ -232,7 +232,7 @@ class Shape:
             return 0, 0.0
         name = TEACHER if self.recipe.teacher is not None else self.row.prompt_writer
         tokens = prompts * sum(len(e.ids) for e in self.examples) / len(self.examples)
-        width = 2 if self.recipe.bf16 and (self.recipe.teacher or self.recipe.tuner == "lora") else 4
+        width = 2 if self.recipe.bf16 and (self.recipe.teacher or self.recipe.adapts) else 4
         each = 2 * self.config.kv_heads * self.config.head_width * self.config.layers * width
         limit = (CACHE_MIB if self.recipe.teacher is not None else EVALUATION_MIB) * MIB
         return round(min(limit, tokens * each)), tokens * self.config.layers * self.probes[name].seconds
@@ -243,6 +243,12 @@ def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
     if recipe.tuner == "lora":
         trained = adapter_parameters(config, recipe.r or 0, recipe.target_modules or ())
         return trained, trained * 4
+    if recipe.tuner == "paca":
+        outputs = sum(config.linears[name][1] for name in recipe.target_modules or ())
+        trained = config.layers * outputs * (recipe.r or 0)
+        # Where the columns stand in the weights, the pretrained ones are kept beside them.
+        kept = (2 if recipe.bf16 else 4) if SHARINGS[recipe.sharing].row.alone else 0
+        return trained, trained * (4 + kept)
     trained = config.parameters
     if SHARINGS[recipe.sharing].targets == "query_side":
         sides = [config.linears[name] for name in ("k_proj", "v_proj")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heliostat.build import (
     BASE,
@@ -24,9 +25,9 @@ from heliostat.build import (
 )
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Row, own_module_name
-from heliostat.linear.lora import adapter_of, add_adapter
 from heliostat.model.config import ModelConfig
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.train.adapting import adapt, kept_columns
 from heliostat.train.data import Batches, Example, Examples, read_examples
 from heliostat.train.dropbp import UNIFORM_SHARE, Dropping, branches_of
 from heliostat.train.formats import Record, read_jsonl
@@ -88,7 +89,8 @@ def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) 
     data = learned(settled, tokenizer, row, teacher)
     held_out, questions = judged(settled, tokenizer)
     torch.manual_seed(recipe.seed)
-    modules, parameters = _modules(folder, family, settled, row, own)
+    first_loss = partial(_first_loss, settled, row, data.examples, teacher)
+    modules, parameters = _modules(folder, family, settled, row, own, first_loss)
     if recipe.gradient_checkpointing:
         for module in modules.values():
             module.model.checkpointing = True
@@ -150,7 +152,9 @@ def _learner(job: Job, tell: Callable[[str], None]) -> Learner:
         branches,
         recipe.dropbp,
         seed=recipe.seed,
-        measured_at=max(1, round(UNIFORM_SHARE * job.steps)) if recipe.dropbp_rates == "sensitivity" else None,
+        measured_at=max(1, round(UNIFORM_SHARE * job.steps))
+        if recipe.dropbp_rates == "sensitivity"
+        else None,
         folder=job.run_folder,
         written=written,
         tell=tell,
@@ -230,7 +234,12 @@ def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | Non
 
 
 def _modules(
-    folder: Path, family: Family, recipe: Settled, row: Row, own: str
+    folder: Path,
+    family: Family,
+    recipe: Settled,
+    row: Row,
+    own: str,
+    first_loss: Callable[[Mapping[str, Loaded]], Tensor],
 ) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
     """The row's modules in memory, and what of them is trained."""
     frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
@@ -239,8 +248,10 @@ def _modules(
     def base(kind: torch.dtype) -> dict[str, Loaded]:
         return load_modules(folder, family, [BASE], dtype=kind, device=recipe.device, verify=False)
 
-    if recipe.tuner == "lora":
-        return _with_adapter(base(frozen_kind), recipe, own)
+    if recipe.adapts:
+        known = kept_columns(folder / RUNS / recipe.member, recipe)
+        resident = row.alone
+        return adapt(base(frozen_kind), recipe, own, resident=resident, first_loss=first_loss, known=known)
     own_model = base(torch.float32)[BASE].model
     modules = {own: Loaded(own, "", own, own_model)}
     if BASE in row.modules:
@@ -254,12 +265,15 @@ def _modules(
     return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
 
 
-def _with_adapter(
-    loaded: dict[str, Loaded], recipe: Settled, own: str
-) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
-    assert recipe.r is not None and recipe.lora_alpha is not None and recipe.target_modules is not None
-    model = loaded[BASE].model
-    add_adapter(model, own, r=recipe.r, alpha=recipe.lora_alpha, targets=recipe.target_modules)
-    parts = adapter_of(model, own)
-    parameters = {f"{path}.{name}": p for path, part in parts.items() for name, p in part.named_parameters()}
-    return {**loaded, own: Loaded(own, "", BASE, model, own)}, parameters
+def _first_loss(
+    recipe: Settled,
+    row: Row,
+    examples: Sequence[Example],
+    teacher: Loaded | None,
+    modules: Mapping[str, Loaded],
+) -> Tensor:
+    """Mean loss of the run's first batch, with a tape."""
+    batches = Batches(examples, batch_size=recipe.per_device_train_batch_size, seed=recipe.seed)
+    (micro,) = MemberObjective(batches, 1, row, modules, teacher).micros(0)
+    with torch.autocast(torch.device(recipe.device).type, dtype=torch.bfloat16, enabled=recipe.bf16):
+        return micro.loss() / micro.spoken

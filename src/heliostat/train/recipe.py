@@ -19,7 +19,8 @@ from heliostat.tasks.grade import METRICS
 from heliostat.train.droprates import HIGHEST
 
 Auto = Literal["auto"]
-Tuner = Literal["full", "lora"]
+Tuner = Literal["full", "lora", "paca"]
+Choice = Literal["random", "norm", "gradient"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Scheduler = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 
@@ -50,14 +51,19 @@ ANY = "*"
 DEFAULTS: Mapping[tuple[str, str], Defaults] = {
     ("independent", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     ("independent", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    ("independent", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
     ("sun", "full"): Defaults(1e-4, "linear", 0.1, 0.0),
     ("sun", "lora"): Defaults(2e-4, "linear", 0.1, 0.0),
+    ("sun", "paca"): Defaults(2e-4, "linear", 0.1, 0.0, r=128),
     ("prefillshare", "full"): Defaults(1e-4, "cosine", 0.03, 0.1),
     ("prefillshare", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    ("prefillshare", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
     ("icarus", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     ("icarus", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
+    ("icarus", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=256),
     (ANY, "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     (ANY, "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    (ANY, "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
 }
 """By sharing and tuner; a sharing without a line of its own takes the line of ANY."""
 
@@ -144,13 +150,16 @@ class Recipe(Pace):
     teacher: str | None = None
     """Member or module whose answers are learned, not the data's; the data may then be prompts alone."""
     tuner: Tuner | Auto = "auto"
-    """full: all weights of the member's own module; lora: a low-rank adapter; auto: lora for icarus, else full."""
+    """full: all of the member's own weights; lora: a low-rank adapter; paca: some columns of each weight; auto: lora for
+    icarus, else full."""
     r: Count | Auto | None = "auto"
-    """Rank of the adapter (tuner lora); auto: by sharing, and no more than fits the model's width."""
+    """Rank of the adapter, or columns of each weight (tuner lora, paca); auto: by sharing, no more than fits the width."""
     lora_alpha: Positive | Auto | None = "auto"
     """The adapter is scaled by lora_alpha / r (tuner lora); auto: 2 r."""
     target_modules: Annotated[Names | Auto | None, BeforeValidator(_targets)] = "auto"
-    """Linears with an adapter: q_proj,o_proj, or all-linear (tuner lora); auto: those the sharing leaves."""
+    """Linears with an adapter: q_proj,o_proj, or all-linear (tuner lora, paca); auto: those the sharing leaves."""
+    columns: Choice | Auto | None = "auto"
+    """Which columns are tuned (tuner paca): random, the longest (norm), or by the first batch's gradient; auto: random."""
     learning_rate: Positive | Auto = "auto"
     """Peak learning rate; auto: by sharing and tuner."""
     lr_scheduler_type: Scheduler | Auto = "auto"
@@ -196,11 +205,9 @@ class Recipe(Pace):
             )
         if self.max_steps != -1 and self.max_steps < 1:
             raise Refused(f"max_steps is {self.max_steps}; it must be at least 1, or -1 for num_train_epochs")
-        given = [name for name in _LORA_ONLY if getattr(self, name) not in ("auto", None)]
-        if self.tuner == "full" and given:
-            raise Refused(
-                f"{', '.join(given)}: for tuner lora only, and tuner is full; say tuner: lora, or drop it"
-            )
+        idle = sorted(set(_ADAPTERS) - _ARGUMENTS[str(self.tuner)])
+        if given := [name for name in idle if getattr(self, name) not in ("auto", None)]:
+            raise Refused(f"{', '.join(given)}: {_NOT_FOR[str(self.tuner)]}")
         return self
 
     def resolve(self, *, bf16: bool, hidden_size: int, device: str = "cpu") -> Settled:
@@ -222,9 +229,13 @@ class Recipe(Pace):
 
     def _adapter(self, defaults: Defaults, hidden_size: int) -> dict[str, Any]:
         if self.tuner == "full":
-            return dict.fromkeys(_LORA_ONLY)
-        r = self.r if isinstance(self.r, int) else min(defaults.r, widest_rank(hidden_size))
-        return {"r": r, "lora_alpha": 2.0 * r, "target_modules": TARGETS[SHARINGS[self.sharing].targets]}
+            return dict.fromkeys(_ADAPTERS)
+        widest = widest_rank(hidden_size) * (2 if self.tuner == "paca" else 1)
+        r = self.r if isinstance(self.r, int) else min(defaults.r, widest)
+        own = {"lora_alpha": 2.0 * r, "columns": None}
+        if self.tuner == "paca":
+            own = {"lora_alpha": None, "columns": "random"}
+        return {"r": r, "target_modules": TARGETS[SHARINGS[self.sharing].targets], **own}
 
     def made(self, settled: Mapping[str, Any], *, ignored: Iterable[str] = ()) -> bool:
         """Whether a member's remembered recipe is what this one comes to, but for the ``ignored`` arguments."""
@@ -244,7 +255,17 @@ class Recipe(Pace):
         )
 
 
-_LORA_ONLY = ("r", "lora_alpha", "target_modules")
+_ADAPTERS = ("r", "lora_alpha", "target_modules", "columns")
+_ARGUMENTS = {
+    "full": set[str](),
+    "lora": {"r", "lora_alpha", "target_modules"},
+    "paca": {"r", "target_modules", "columns"},
+}
+_NOT_FOR = {
+    "full": "for tuner lora and paca only, and tuner is full; say tuner: lora, or drop it",
+    "lora": "for tuner paca only, and tuner is lora; say tuner: paca, or drop it",
+    "paca": "for tuner lora only. With paca it would be a factor of learning_rate (lora_alpha / r): raise that instead",
+}
 
 
 class Settled(Recipe):
@@ -255,17 +276,26 @@ class Settled(Recipe):
     r: Count | None
     lora_alpha: Positive | None
     target_modules: Names | None
+    columns: Choice | None
     learning_rate: Positive
     lr_scheduler_type: Scheduler
     warmup_ratio: Share
     weight_decay: Weight
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the member is an adapter on the base, not weights of its own."""
+        return self.tuner != "full"
+
     def warmup_steps(self, total: int) -> int:
         """Steps of warm-up in a run of so many."""
         return round(self.warmup_ratio * total)
 
-    def check_targets(self, linears: Iterable[str]) -> None:
-        """Refuse target_modules that are none of the model's ``linears``, or that the sharing never uses."""
+    def check_targets(self, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse target_modules that are none of the model's ``linears``, or that the sharing never uses.
+
+        ``linears``: inputs and outputs of each, by name. More columns than inputs are refused, too.
+        """
         targets, names = set(self.target_modules or ()), set(linears)
         if unknown := sorted(targets - names):
             raise Refused(f"target_modules {', '.join(unknown)}: this model has {', '.join(sorted(names))}")
@@ -274,6 +304,9 @@ class Settled(Recipe):
             raise Refused(
                 f"target_modules {', '.join(idle)}: under {self.sharing!r} the member writes no keys or values"
             )
+        for name in self.target_modules or () if self.tuner == "paca" else ():
+            if self.r is not None and self.r > (inputs := linears[name][0]):
+                raise Refused(f"r is {self.r}: {name} has {inputs} inputs, so no more columns can be tuned")
 
 
 def _filled_in(recipe: Pace, settled: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from heliostat.build import (
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Member, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.linear.adapter import save_adapter
 from heliostat.model.weights import read_tensors, save_checkpoint, state_of, weight_files
 from heliostat.train import checkpoint
+from heliostat.train.adapting import keep_columns, save_own
 from heliostat.train.evaluate import accuracy_in_training
 from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.job import JUDGED, Job, objective_of, prepare
@@ -145,7 +145,9 @@ def _judge(job: Job) -> Callable[[], Mapping[str, float]] | None:
 
 
 def _identity(job: Job) -> str:
-    unused = () if job.recipe.dropbp else ("dropbp", "dropbp_rates")  # as runs say that were begun before it was
+    # Arguments that came later and are not used are left out: as runs say that were begun before.
+    unused = (*(() if job.recipe.dropbp else ("dropbp", "dropbp_rates")),)
+    unused += () if job.recipe.tuner == "paca" else ("columns",)
     facts = job.recipe.model_dump(exclude={*FREE, *unused}) | {
         "report_to": "none",  # as runs say that were begun before it could be anything else
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
@@ -167,6 +169,7 @@ def _keep_recipe(job: Job) -> None:
         why = f" ({'; '.join(changed)})" if changed else ""
         checkpoint.refuse_other(job.run_folder, identity=_identity(job), why=why)
     atomic_write_text(path, to_yaml(job.recipe))
+    keep_columns(job.run_folder, job.modules[job.own])
 
 
 def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
@@ -179,9 +182,7 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
         with atomic_directory(job.folder / path) as partial:
             _save_own(job, partial)
         family = family.with_module(
-            describe_module(
-                job.folder, own, path, base=BASE if job.recipe.tuner == "lora" else None, family=family
-            )
+            describe_module(job.folder, own, path, base=BASE if job.recipe.adapts else None, family=family)
         )
         row = SHARINGS[job.recipe.sharing].instantiate(own)
         digests = {name: family.module(name).digest for name in row.modules}
@@ -196,13 +197,11 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
 
 
 def _save_own(job: Job, target: Path) -> None:
-    recipe, base = job.recipe, module_folder(job.folder, job.family.module(BASE))
-    model = job.modules[job.own].model
-    if recipe.tuner == "lora":
-        assert recipe.r is not None and recipe.lora_alpha is not None
-        return save_adapter(target, model, job.own, r=recipe.r, alpha=recipe.lora_alpha, base=str(BASE))
+    base = module_folder(job.folder, job.family.module(BASE))
+    if job.recipe.adapts:
+        return save_own(target, job.modules[job.own], job.recipe)
     kind = next(read_tensors(weight_files(base)))[1].dtype  # as the base is stored
-    state = {name: tensor.to(kind) for name, tensor in state_of(model).items()}
+    state = {name: tensor.to(kind) for name, tensor in state_of(job.modules[job.own].model).items()}
     save_checkpoint(target, state, read_json(base / "config.json"))
 
 
