@@ -39,6 +39,8 @@ class Trial:
     steps: int
     batch: int = 32
     r: int = RANK
+    dropbp: float = 0.0
+    dropbp_rates: str = "sensitivity"
     train_items: int = 10_000
     test_items: int = 1_000
     validation_items: int = 300
@@ -47,8 +49,9 @@ class Trial:
     def name(self) -> str:
         """Name of the member it makes."""
         rate = f"{self.learning_rate:g}"
-        rank = f"-r{self.r}" if self.tuner == "lora" and self.r != RANK else ""
-        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}"
+        rank = f"-r{self.r}" if self.tuner != "full" and self.r != RANK else ""
+        dropped = f"-dropbp{self.dropbp:g}-{self.dropbp_rates}" if self.dropbp else ""
+        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}{dropped}"
 
 
 def run(
@@ -95,8 +98,10 @@ def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
         "per_device_train_batch_size": trial.batch,
         "max_length": 256,
         "seed": trial.seed,
+        "dropbp": trial.dropbp,
+        "dropbp_rates": trial.dropbp_rates,
     }
-    return make_recipe(Recipe, values | ({"r": trial.r} if trial.tuner == "lora" else {}))
+    return make_recipe(Recipe, values | ({"r": trial.r} if trial.tuner != "full" else {}))
 
 
 def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
@@ -200,6 +205,12 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
     parser.add_argument("--r", type=int, default=RANK, help="rank of an adapter")
+    parser.add_argument("--dropbp", type=float, default=0.0, help="share of the backward pass left out")
+    parser.add_argument("--batch", type=int, default=Trial.batch, help="examples of a step")
+    parser.add_argument("--dropbp-rates", default="sensitivity")
+    parser.add_argument("--train-items", type=int, default=Trial.train_items)
+    parser.add_argument("--test-items", type=int, default=Trial.test_items)
+    parser.add_argument("--validation-items", type=int, default=Trial.validation_items)
     parser.add_argument(
         "--as", dest="half", help="judge the tuned module untrained in this sharing's row; base: the base"
     )
