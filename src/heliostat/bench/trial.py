@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -204,13 +204,17 @@ def main() -> None:
         ("steps", int),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
-    parser.add_argument("--r", type=int, default=RANK, help="rank of an adapter")
-    parser.add_argument("--dropbp", type=float, default=0.0, help="share of the backward pass left out")
-    parser.add_argument("--batch", type=int, default=Trial.batch, help="examples of a step")
     parser.add_argument("--dropbp-rates", default="sensitivity")
-    parser.add_argument("--train-items", type=int, default=Trial.train_items)
-    parser.add_argument("--test-items", type=int, default=Trial.test_items)
-    parser.add_argument("--validation-items", type=int, default=Trial.validation_items)
+    usual = {field.name: field.default for field in fields(Trial)}
+    for name, kind in (
+        ("r", int),
+        ("dropbp", float),
+        ("batch", int),
+        ("train-items", int),
+        ("test-items", int),
+        ("validation-items", int),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=usual[name.replace("-", "_")])
     parser.add_argument(
         "--as", dest="half", help="judge the tuned module untrained in this sharing's row; base: the base"
     )

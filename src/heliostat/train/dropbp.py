@@ -22,6 +22,7 @@ from heliostat.files import atomic_write_text, read_json
 from heliostat.model.config import ModelConfig
 from heliostat.model.transformer import Branches, Tape
 from heliostat.plot import lines
+from heliostat.train.ranks import whole
 from heliostat.train.droprates import Branch, by_sensitivity, check_rate, draw, dropped_share, uniform
 
 RATES, PICTURE = "dropbp.json", "dropbp.svg"
@@ -46,15 +47,17 @@ class Dropping:
         measured_at: int | None,
         folder: Path | None = None,
         written: bool = False,
+        writes: bool = True,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         """``measured_at``: the step before which sensitivities are measured; None: rates stay uniform.
 
         ``folder``: where rates are written, and read when a run goes on behind that step. ``written``: keys and values
-        are read by another module and stay on the tape. Raises Refused for a rate outside [0, 0.95].
+        are read by another module and stay on the tape. ``writes``: whether this process writes the files. Raises Refused for a rate outside [0, 0.95].
         """
         self.branches, self.rate, self.seed = tuple(branches), check_rate(rate), seed
-        self.measured_at, self.folder, self.written, self.tell = measured_at, folder, written, tell
+        self.measured_at, self.folder, self.written = measured_at, folder, written
+        self.writes, self.tell = writes, tell
         self.rates = uniform(self.branches, rate)
         self.measured = False
 
@@ -92,7 +95,7 @@ class Dropping:
         self.measured = True
         share = dropped_share(self.branches, self.rates)
         where = ""
-        if self.folder is not None:
+        if self.folder is not None and self.writes:
             facts = {
                 "rate": self.rate,
                 "dropped": share,
@@ -157,8 +160,7 @@ def gradient_norms(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict
 
 
 def _norm(gradient: Tensor) -> float:
-    norm = gradient.float().norm()
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return float(whole(gradient.float().norm()))
 
 
 def branches_of(

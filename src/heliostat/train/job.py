@@ -32,6 +32,7 @@ from heliostat.train.data import Batches, Example, Examples, read_examples
 from heliostat.train.dropbp import UNIFORM_SHARE, Dropping, branches_of
 from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.objective import Learner, MemberObjective
+from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.recipe import Recipe, Settled
 from heliostat.train.teacher import taught_examples
 from heliostat.train.track import check_tracker
@@ -60,6 +61,7 @@ class Job:
     """Held-out records whose answers are graded in the course of the run."""
     teacher: Loaded | None
     steps: int
+    ranks: Ranks = ALONE
 
     @property
     def run_folder(self) -> Path:
@@ -77,8 +79,13 @@ class Job:
         return sum(p.numel() for model in models.values() for p in model.parameters())
 
 
-def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) -> Job:
-    """Read, check and load everything; refuses what cannot work, with the reason, before any training."""
+def prepare(
+    recipe: Recipe, *, ranks: Ranks = ALONE, echo: Callable[[str], None] = lambda line: None
+) -> Job:
+    """Read, check and load everything; refuses what cannot work, with the reason, before any training.
+
+    With several processes the modules are parted among them, if the recipe says so.
+    """
     folder = Path(recipe.family)
     family = read_family(folder)
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
@@ -90,13 +97,15 @@ def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) 
     held_out, questions = judged(settled, tokenizer)
     torch.manual_seed(recipe.seed)
     first_loss = partial(_first_loss, settled, row, data.examples, teacher)
-    modules, parameters = _modules(folder, family, settled, row, own, first_loss)
+    resident = row.alone and not ranks.sharded
+    modules, parameters = _modules(folder, family, settled, row, own, first_loss, resident=resident)
+    parameters = ranks.spread({id(m.model): m.model for m in modules.values()}.values(), parameters)
     if recipe.gradient_checkpointing:
         for module in modules.values():
             module.model.checkpointing = True
     for line in (*notes(data), *(notes(held_out) if held_out else ())):
         echo(line)
-    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
+    steps = settled.total_steps(-(-len(data.examples) // (settled.batch_size * ranks.count)))
     return Job(
         folder=folder,
         family=family,
@@ -112,6 +121,7 @@ def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) 
         questions=questions[: settled.eval_samples],
         teacher=teacher,
         steps=steps,
+        ranks=ranks,
     )
 
 
@@ -127,10 +137,11 @@ def settle(recipe: Recipe, config: ModelConfig) -> Settled:
 
 def objective_of(job: Job, *, tell: Callable[[str], None] = lambda line: None) -> MemberObjective:
     """What the job learns, step by step."""
-    batches = Batches(job.examples, batch_size=job.recipe.per_device_train_batch_size, seed=job.recipe.seed)
+    size = job.recipe.per_device_train_batch_size * job.ranks.count
+    batches = Batches(job.examples, batch_size=size, seed=job.recipe.seed)
     learner = _learner(job, tell) if job.recipe.dropbp else None
     accumulation = job.recipe.gradient_accumulation_steps
-    return MemberObjective(batches, accumulation, job.row, job.modules, job.teacher, learner)
+    return MemberObjective(batches, accumulation, job.row, job.modules, job.teacher, learner, job.ranks)
 
 
 def _learner(job: Job, tell: Callable[[str], None]) -> Learner:
@@ -157,6 +168,7 @@ def _learner(job: Job, tell: Callable[[str], None]) -> Learner:
         else None,
         folder=job.run_folder,
         written=written,
+        writes=job.ranks.first,
         tell=tell,
     )
     return Learner(job.own, job.parameters, dropping, recipe.bf16)
@@ -240,6 +252,8 @@ def _modules(
     row: Row,
     own: str,
     first_loss: Callable[[Mapping[str, Loaded]], Tensor],
+    *,
+    resident: bool,
 ) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
     """The row's modules in memory, and what of them is trained."""
     frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
@@ -250,7 +264,6 @@ def _modules(
 
     if recipe.adapts:
         known = kept_columns(folder / RUNS / recipe.member, recipe)
-        resident = row.alone
         return adapt(base(frozen_kind), recipe, own, resident=resident, first_loss=first_loss, known=known)
     own_model = base(torch.float32)[BASE].model
     modules = {own: Loaded(own, "", own, own_model)}

@@ -14,6 +14,7 @@ from heliostat.model.seam import Causal
 from heliostat.model.transformer import Tape
 from heliostat.train.data import Batches, Example
 from heliostat.train.dropbp import Dropping
+from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.sharing import Layout, lay_out, log_probabilities, speak, to_device
 
 COLUMNS = 8
@@ -29,18 +30,24 @@ class MemberMicro:
     modules: Mapping[str, Loaded]
     teacher: Loaded | None = None
     whole: Tensor | None = None  # [B, T] the examples' ids without their last token, for the teacher
+    idle: bool = False
+    """Runs with the others, as parted modules must, and teaches nothing: its process has no part of the batch."""
 
     @property
     def spoken(self) -> int:
-        return self.layout.spoken
+        return 0 if self.idle else self.layout.spoken
 
     @property
     def tokens(self) -> int:
+        if self.idle:
+            return 0
         return sum(self.layout.tokens.values()) + (self.whole.numel() if self.whole is not None else 0)
 
     def loss(self) -> Tensor:
         """Summed loss (nats): of the data's tokens, or from the teacher's distribution where there is a teacher."""
         logits = speak(self.layout, self.row, self.modules)
+        if self.idle:
+            return 0.0 * logits.sum()
         if self.teacher is None:
             return -log_probabilities(logits, self.layout.targets).sum()
         return divergence(self._taught(), logits)
@@ -83,12 +90,18 @@ class MemberObjective:
     teacher: Loaded | None = None
     learner: Learner | None = None
     """Given where branches of the backward pass are dropped."""
+    ranks: Ranks = ALONE
 
     def micros(self, step: int) -> list[MemberMicro]:
         """The micro-batches of an optimizer step; one draw of branches serves them all."""
         first = step * self.accumulation
         tape = self._tape(step, self.batches.at(first)[:1])
-        return [self.micro(self.batches.at(first + i), tape) for i in range(self.accumulation)]
+        return [self._shared(self.batches.at(first + i), tape) for i in range(self.accumulation)]
+
+    def _shared(self, examples: Sequence[Example], tape: Tape | None) -> MemberMicro:
+        """This process's part of a batch; one without a part runs the first example for nothing."""
+        own = self.ranks.share(examples)
+        return self.micro(own, tape) if own else replace(self.micro(examples[:1], tape), idle=True)
 
     def _tape(self, step: int, example: Sequence[Example]) -> Tape | None:
         learner = self.learner

@@ -172,6 +172,8 @@ class Recipe(Pace):
     """Share of the residual branches' backward pass that is left out, by DropBP; 0: none."""
     dropbp_rates: Literal["sensitivity", "uniform"] = "sensitivity"
     """Which branches dropbp leaves out: the least sensitive most often, measured after a tenth of the run, or all alike."""
+    data_parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """With several processes: fsdp parts weights and moments among them, too; ddp keeps all of them in each."""
     num_train_epochs: Positive = 1.0
     """Times the data are gone through."""
     max_steps: int = -1
