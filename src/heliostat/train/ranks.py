@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from heliostat.build import device_named
 from heliostat.errors import Refused
 from heliostat.model.transformer import Transformer
+from heliostat.train.recipe import Recipe
 
 T = TypeVar("T")
 MEETING = "HELIOSTAT_MEETING"
@@ -161,26 +163,28 @@ def wanted() -> int:
     return int(text)
 
 
-def joined(*, sharded: bool, device: str) -> Ranks:
-    """Meet the other processes that this one was started with; ALONE where there are none.
+def joined(recipe: Recipe) -> tuple[Recipe, Ranks]:
+    """Meet the other processes that this one was started with, where there are any; the meeting ends with `left`.
 
-    ``device``: cpu, or cuda for a device of its own to each process. The meeting ends with `left`.
+    Returns the recipe for this process, which on a GPU names one of its own.
     """
     count = wanted()
     if count == 1:
-        return ALONE
-    number = int(os.environ.get("RANK", "0"))
+        return recipe, ALONE
+    number, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     file = os.environ.get(MEETING)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    on_cpu = device_named(recipe.device) == "cpu"
+    if not on_cpu:
+        torch.cuda.set_device(local)
+        recipe = recipe.model_copy(update={"device": f"cuda:{local}"})
     dist.init_process_group(
-        "nccl" if device.startswith("cuda") else "gloo",
+        "gloo" if on_cpu else "nccl",
         init_method=f"file://{file}" if file else "env://",
         rank=number,
         world_size=count,
         timeout=PATIENCE,
     )
-    return Ranks(number, count, sharded)
+    return recipe, Ranks(number, count, recipe.data_parallel == "fsdp")
 
 
 def left() -> None:
