@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from heliostat.errors import Refused
 from heliostat.linear.columns import Columns, Gather, is_dense
-from heliostat.linear.lora import AdaptedLinear, adapted_at, adapted_linears, put_part
+from heliostat.linear.lora import AdaptedLinear, adapted_linears, put_part, remove_adapter
 
 Choice = Literal["random", "norm", "gradient"]
 """How columns are chosen: by chance, the longest ones, or those on which the first batch pulls most."""
@@ -143,13 +143,17 @@ def _pulls(
         everything = torch.arange(inner.in_features, device=inner.weight.device)
         for part in _put(model, name, paths, everything).values():
             part.delta.register_post_accumulate_grad_hook(partial(note, paths[0]))
-    worn = {path: module.worn for path, module in adapted_linears(model, name).items()}
-    for path in worn:
-        adapted_at(model, path).worn = name
-    with torch.enable_grad():
-        loss().backward()  # type: ignore[no-untyped-call]
-    for path, before in worn.items():
-        adapted_at(model, path).worn = before
+    linears = adapted_linears(model, name).values()
+    worn = [module.worn for module in linears]
+    for module in linears:
+        module.worn = name
+    try:
+        with torch.enable_grad():
+            loss().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for module, before in zip(linears, worn, strict=True):
+            module.worn = before
+        remove_adapter(model, name)
     if missing := [paths[0] for paths in groups if paths[0] not in found]:
         raise Refused(f"no gradient of the first batch reaches {missing[0]}: choose columns by 'random'")
     return found
