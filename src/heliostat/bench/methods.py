@@ -39,7 +39,7 @@ METHODS = (
 )
 
 LORA_RATES = (3e-3, 6e-3, 1.2e-2)
-PACA_RATES = (2e-3, 5e-3, 1e-2)
+PACA_RATES = (5e-3, 1e-2, 2e-2)
 WIDE = 2 * RANK
 """Tuned columns have one matrix where low-rank adapters have two: so many hold about as many parameters."""
 

@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "inspecting", "check", "Check that files are whole and that serving does as training did.", LOOK
     ),
+    "bench": Command("benching", "bench", "Measure training steps on this machine, side by side.", SHOW),
     "demo": Command("showing", "demo", "Tune one task in every way of sharing, and compare.", SHOW),
 }
 

@@ -1,0 +1,380 @@
+"""Tuners side by side: time of a step, what is kept for the backward pass, memory, longest sequence, loss.
+
+Every case steps in turn, on one transformer of chance and the same tokens; medians. Dropped branches stand beside the
+measured-term model: of a step at rate 0 only the branches' backward pass shrinks.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from heliostat.bench.birth import certificate
+from heliostat.bench.stepping import (
+    FULL,
+    LORA,
+    PACA,
+    PEFT_DORA,
+    PEFT_LORA,
+    PEFT_PACA,
+    TUNERS,
+    Case,
+    Phases,
+    Tuned,
+    Work,
+    has_peft_paca,
+)
+from heliostat.bench.trial import Trial, ensure_family, recipe_of, write_data
+from heliostat.build import best_dtype, device_named
+from heliostat.errors import Refused
+from heliostat.files import atomic_write_text
+from heliostat.model.config import ModelConfig, parse_config
+from heliostat.plot import bars, lines
+from heliostat.train.droprates import check_rate
+from heliostat.train.job import objective_of, prepare
+from heliostat.train.loop import make_optimizer, take_step
+from heliostat.train.settings import settings_of
+
+WARM = 2
+MIB = 2**20
+LOSS_RATES = {FULL: 2e-3, LORA: 6e-3, PACA: 1e-2}
+"""Learning rates of the short runs whose losses are compared."""
+CLOSE = 0.05
+"""The goal for dropped branches: this near to the measured-term model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is measured."""
+
+    tuners: tuple[str, ...] = (FULL, LORA, PACA)
+    rates: tuple[float, ...] = (0.0, 0.5, 0.75, 0.875)
+    r: int = 16
+    peft: bool = True
+    """PEFT's LoRA and DoRA beside ours, and its PaCA where it has one."""
+    repeats: int = 7
+    hidden_size: int = 512
+    layers: int = 8
+    vocabulary: int = 8192
+    batch: int = 4
+    length: int = 256
+    spoken: int = 64
+    loss_steps: int = 60
+    budget_mib: int = 1024
+    device: str = "auto"
+
+    def checked(self) -> Wish:
+        """The same; refused where something cannot be measured."""
+        if unknown := sorted(set(self.tuners) - set(TUNERS)):
+            raise Refused(f"tuners {', '.join(unknown)}: there are {', '.join(TUNERS)}")
+        for rate in self.rates:
+            check_rate(rate)
+        if 0.0 not in self.rates:
+            raise Refused(f"dropbp {', '.join(f'{r:g}' for r in self.rates)}: 0 must be among them, to compare with")
+        if self.spoken > self.length:
+            raise Refused(f"spoken {self.spoken}: more than the {self.length} tokens of a row")
+        if self.repeats < 5:
+            raise Refused(f"repeats {self.repeats}: a median needs at least 5")
+        return self
+
+    @property
+    def config(self) -> ModelConfig:
+        """A Llama of this width and depth."""
+        heads = max(1, self.hidden_size // 64)
+        return parse_config(
+            {
+                "model_type": "llama",
+                "vocab_size": self.vocabulary,
+                "hidden_size": self.hidden_size,
+                "num_hidden_layers": self.layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": max(1, heads // 2) if heads % 2 == 0 else heads,
+                "intermediate_size": 32 * round(self.hidden_size * 2.75 / 32),
+                "max_position_embeddings": 1 << 20,
+                "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": True,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+            }
+        )
+
+    def tuned(self) -> list[tuple[str, int | None]]:
+        """Tuners with their ranks: columns at equal rank and at equal parameters, PEFT's last."""
+        found: list[tuple[str, int | None]] = []
+        for tuner in self.tuners:
+            if tuner == PACA:
+                found += [(PACA, self.r), (PACA, 2 * self.r)]
+            else:
+                found.append((tuner, None if tuner == FULL else self.r))
+        if self.peft:
+            own = [PEFT_PACA] if has_peft_paca() else []
+            found += [(name, self.r) for name in (PEFT_LORA, PEFT_DORA, *own) if name not in self.tuners]
+        return found
+
+
+def measure(wish: Wish, console: Console) -> dict[str, Any]:
+    """Everything; all cases step in turn."""
+    device = device_named(wish.device)
+    bf16 = best_dtype(device) is torch.bfloat16
+    work = Work(wish.config, wish.batch, wish.length, wish.spoken, bf16, device)
+    models = {pair: Tuned(work, *pair) for pair in wish.tuned()}
+    cases = {pair: _cases(pair, wish) for pair in models}
+    console.print(
+        f"{sum(map(len, cases.values()))} cases of {work.config.parameters:,} parameters, "
+        f"{wish.repeats} steps each in turn"
+    )
+    seconds: dict[Case, list[float]] = {}
+    phases: dict[tuple[str, int | None], list[Phases]] = {pair: [] for pair in models}
+    for repeat in range(WARM + wish.repeats):
+        for pair, model in models.items():
+            for case in cases[pair]:
+                seconds.setdefault(case, []).append(model.step(case))
+            phases[pair].append(model.phases())
+        console.print(f"{repeat + 1}/{WARM + wish.repeats}")
+    rows = [
+        _row(case, model, seconds, _median(phases[pair][WARM:]), wish)
+        for pair, model in models.items()
+        for case in cases[pair]
+    ]
+    parts = {Case(*pair).name: asdict(_median(found[WARM:])) for pair, found in phases.items()}
+    return {"rows": rows, "phases": parts, "losses": losses(wish, console) if wish.loss_steps else {}}
+
+
+def _cases(pair: tuple[str, int | None], wish: Wish) -> list[Case]:
+    """PEFT's stand at rate 0; columns of the smaller rank, too."""
+    tuner, r = pair
+    compared = tuner.startswith("peft-") or (tuner == PACA and r == wish.r)
+    rates = (0.0,) if compared else wish.rates
+    return [Case(tuner, r, rate, again) for again, rate in product((False, True), rates)]
+
+
+def _median(found: Sequence[Phases]) -> Phases:
+    return Phases(*(statistics.median(getattr(p, name) for p in found) for name in Phases.__slots__))
+
+
+def _row(
+    case: Case, model: Tuned, seconds: Mapping[Case, Sequence[float]], parts: Phases, wish: Wish
+) -> dict[str, Any]:
+    alone = Case(case.tuner, case.r, 0.0, case.checkpointing)
+    took = statistics.median(seconds[case][WARM:])
+    # Beside the step of rate 0 of the same turn: what slows the machine for a while slows both.
+    ratio = statistics.median(
+        a / b for a, b in zip(seconds[case][WARM:], seconds[alone][WARM:], strict=True)
+    )
+    kept, fixed = model.kept(case), model.fixed()
+    return {
+        "case": case.name,
+        **asdict(case),
+        "trained": sum(p.numel() for p in model.parameters.values()),
+        "seconds": took,
+        "low": min(seconds[case][WARM:]),
+        "high": max(seconds[case][WARM:]),
+        "ratio": ratio,
+        "predicted": None if case.checkpointing or not case.dropbp else parts.ratio(case.dropbp),
+        "kept": kept,
+        "fixed": fixed,
+        "total": kept + fixed,
+        "longest": model.longest(case, wish.budget_mib * MIB),
+    }
+
+
+def losses(wish: Wish, console: Console) -> dict[str, list[tuple[int, float]]]:
+    """Training losses of short runs on the embedded base and task, by sensitivity where branches are dropped."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ensure_family(folder)
+        for tuner, rate in product([t for t in wish.tuners if t in LOSS_RATES], wish.rates):
+            trial = Trial(
+                task="tools",
+                sharing="independent",
+                tuner=tuner,
+                learning_rate=LOSS_RATES[tuner],
+                seed=0,
+                steps=wish.loss_steps,
+                r=2 * wish.r if tuner == PACA else wish.r,
+                dropbp=rate,
+                train_items=32 * wish.loss_steps,
+            )
+            case = Case(tuner, None if tuner == FULL else trial.r, rate).name
+            found[case] = _curve(trial, folder)
+            console.print(f"{case}: loss {found[case][-1][1]:.3f} after {wish.loss_steps} steps")
+    return found
+
+
+def _curve(trial: Trial, folder: Path) -> list[tuple[int, float]]:
+    job = prepare(recipe_of(trial, folder, write_data(trial, folder)["train"]))
+    job.run_folder.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(job.recipe, steps=job.steps, warmup=job.recipe.warmup_steps(job.steps))
+    objective, optimizer = objective_of(job), make_optimizer(job.parameters, settings)
+    return [
+        (
+            step + 1,
+            take_step(objective.micros(step), job.parameters, optimizer, step, settings)["loss"],
+        )
+        for step in range(job.steps)
+    ]
+
+
+def page(found: Mapping[str, Any], wish: Wish, birth: Mapping[str, Any]) -> str:
+    """The tables as a page."""
+    config = wish.config
+    parts = [
+        "# Tuners: time, memory, loss",
+        "",
+        f"A Llama of chance, {config.parameters:,} parameters, {config.layers} layers of width {config.width}, vocabulary",
+        f"{config.vocabulary}; steps of {wish.batch} x {wish.length} tokens, loss on the last {wish.spoken} of each row.",
+        f"Medians of {birth['repeats']} steps, all cases in turn. PEFT's adapters sit in the same model. What is kept for the",
+        "backward pass is counted with saved_tensors_hooks, each storage once; the total adds weights, gradients and",
+        f"AdamW's moments. Longest: tokens of one row whose total stays within {wish.budget_mib} MiB, from two measured lengths.",
+        f"lora r {wish.r} and paca r {2 * wish.r} have about as many parameters, paca r {wish.r} has the rank.",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}; "
+        + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
+        "",
+        "How right the tuned models answer: [accuracy of tuners](tuners.md).",
+    ]
+    for again in (False, True):
+        rows = [row for row in found["rows"] if row["checkpointing"] is again]
+        title = "Activations computed again (gradient checkpointing)" if again else "Activations kept"
+        parts += ["", f"## {title}", "", *_table(rows)]
+    parts += ["", "![step time](tuning-time.svg) ![kept](tuning-kept.svg)", ""]
+    parts += ["## Dropped branches beside the model", "", *_model_table(found), ""]
+    parts += ["![ratio](tuning-dropbp.svg)", "", "## Verdicts", "", *verdicts(found), ""]
+    if found["losses"]:
+        parts += [
+            f"## Loss after {wish.loss_steps} steps",
+            "",
+            "The embedded base on `tools`, one seed, batch 32; rates by sensitivity after a tenth of the run.",
+            "",
+            "| | mean loss of the last 10 steps, nats a token |",
+            "|---|---|",
+            *(f"| {name} | {_last(curve):.3f} |" for name, curve in found["losses"].items()),
+            "",
+            "![loss](tuning-loss.svg)",
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def _last(curve: Sequence[Sequence[float]]) -> float:
+    return statistics.mean(loss for _, loss in curve[-10:])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lora = next((row for row in rows if row["tuner"] == LORA and not row["dropbp"]), rows[0])
+    lines = [
+        "| | trained | step, ms | speed, of lora | kept, MiB | total, MiB | longest, tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        spread = f"{row['low'] * 1e3:.0f} to {row['high'] * 1e3:.0f}"
+        lines.append(
+            f"| {row['case']} | {row['trained']:,} | {row['seconds'] * 1e3:.0f} ({spread}) | "
+            f"{lora['seconds'] / row['seconds']:.2f} | {row['kept'] / MIB:.1f} | {row['total'] / MIB:.1f} | "
+            f"{row['longest']:,} |"
+        )
+    return lines
+
+
+def _model_table(found: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "Of a step at rate 0: forward, backward, of it the branches', and clipping with the optimizer. The model: only the",
+        "branches' part shrinks with the rate.",
+        "",
+        "| | forward, ms | backward | branches | rest |",
+        "|---|---|---|---|---|",
+    ]
+    for name, parts in found["phases"].items():
+        cells = [f"{1e3 * parts[key]:.0f}" for key in ("forward", "backward", "branches", "rest")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| | measured time | model | apart |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        if row["predicted"] is not None:
+            apart = row["ratio"] / row["predicted"] - 1
+            lines.append(f"| {row['case']} | {row['ratio']:.3f} | {row['predicted']:.3f} | {apart:+.1%} |")
+    return lines
+
+
+def verdicts(found: Mapping[str, Any]) -> list[str]:
+    """The goals in words, with the numbers: met or not."""
+    plain = {r["case"]: r for r in found["rows"] if not r["checkpointing"]}
+    lines = []
+    low_rank = [r for r in plain.values() if r["tuner"] in (LORA, PEFT_LORA) and not r["dropbp"]]
+    columns = [r for r in plain.values() if r["tuner"] == PACA]
+    if low_rank and columns:
+        lora = min(low_rank, key=lambda r: r["seconds"])
+        widest = max(r["r"] for r in columns)
+        for row in columns:
+            if row["dropbp"] not in (0.0, 0.5):
+                continue
+            equal = "equal parameters" if row["r"] == widest else "equal rank"
+            lines.append(
+                f"- {row['case']} ({equal}): {lora['seconds'] / row['seconds']:.2f} times the speed of the faster LoRA "
+                f"({lora['case']}), kept {row['kept'] / lora['kept'] - 1:+.0%}, total {row['total'] / lora['total'] - 1:+.0%}."
+            )
+    near = [abs(r["ratio"] / r["predicted"] - 1) for r in plain.values() if r["predicted"] is not None]
+    if near:
+        met = sum(x <= CLOSE for x in near)
+        lines.append(
+            f"- Dropped branches: {met} of {len(near)} cases within {CLOSE:.0%} of the model, the farthest {max(near):.1%} apart."
+        )
+    return lines
+
+
+def write(folder: Path, found: Mapping[str, Any], wish: Wish, birth: Mapping[str, Any]) -> Path:
+    """tuning.json, tuning.md and the pictures in ``folder``; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"birth": birth, "wish": asdict(wish), **found}
+    atomic_write_text(folder / "tuning.json", json.dumps(facts, indent=1) + "\n")
+    plain = [row for row in found["rows"] if not row["checkpointing"]]
+    speeds = {row["case"]: 1e3 * row["seconds"] for row in plain}
+    edges = {row["case"]: (1e3 * row["low"], 1e3 * row["high"]) for row in plain}
+    pictures = {
+        "time": bars(speeds, title="A training step, least to most", unit="ms", intervals=edges),
+        "kept": bars(
+            {row["case"]: row["kept"] / MIB for row in plain}, title="Kept for the backward pass", unit="MiB"
+        ),
+        "dropbp": lines(
+            _ratios(plain), title="Time of a step by drop rate", x="rate", y="of rate 0", y_from_zero=True
+        ),
+    }
+    if found["losses"]:
+        pictures["loss"] = lines(
+            dict(list(found["losses"].items())[:12]), title="Training loss", x="step", y="nats a token"
+        )
+    for name, picture in pictures.items():
+        atomic_write_text(folder / f"tuning-{name}.svg", picture)
+    atomic_write_text(folder / "tuning.md", page(found, wish, birth))
+    return folder / "tuning.md"
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Measured and predicted ratios by rate, of every tuner that drops."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        name = Case(row["tuner"], row["r"]).name
+        if any(r["dropbp"] and (r["tuner"], r["r"]) == (row["tuner"], row["r"]) for r in rows):
+            series.setdefault(name, []).append((row["dropbp"], row["ratio"]))
+            predicted = 1.0 if row["predicted"] is None else row["predicted"]
+            series.setdefault(f"{name}, model", []).append((row["dropbp"], predicted))
+    return series
+
+
+def main(wish: Wish, out: Path, *, console: Console) -> tuple[dict[str, Any], Path]:
+    """Measure what is wished and write the page; returns numbers and page."""
+    found = measure(wish.checked(), console)
+    command = (
+        f"heliostat bench train --tuners {','.join(wish.tuners)} --dropbp {','.join(f'{r:g}' for r in wish.rates)}"
+        f" --r {wish.r} --hidden-size {wish.hidden_size} --layers {wish.layers} --batch {wish.batch}"
+        f" --length {wish.length}"
+    )
+    return found, write(out, found, wish, certificate(command, repeats=wish.repeats))
