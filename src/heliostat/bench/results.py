@@ -34,9 +34,7 @@ BOOTSTRAPS = 2_000
 CONTROLS = {"control: SUN's writer": "sun", "control: PrefillShare's speaker": "prefillshare"}
 
 
-def search(
-    task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **items: int
-) -> list[Trial]:
+def search(task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **items: int) -> list[Trial]:
     """The learning-rate trials of one method; ``items``: Trial's numbers of items, where they are not its own."""
     found = Trial(
         task=task,

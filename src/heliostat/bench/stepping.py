@@ -94,10 +94,10 @@ class Rows:
 
 
 class _Saved:
-    """A tensor that the graph holds; gone with it."""
+    """A tensor that the graph holds; gone with it. Without its own place in the graph, or it would hold that."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 @dataclass(slots=True)
@@ -175,7 +175,9 @@ class Tuned:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
                 loss = self.loss(self.tape(case), ids, checkpointing=case.checkpointing)
             # While the loss lives, what the graph still holds: what was saved for a dropped branch's norm is gone.
-            storages = {s.data_ptr(): s.nbytes() for s in (o.tensor.untyped_storage() for o in (*saved, *inputs))}
+            storages = {
+                s.data_ptr(): s.nbytes() for s in (o.tensor.untyped_storage() for o in (*saved, *inputs))
+            }
         del loss
         return sum(size for place, size in storages.items() if place not in own)
 

@@ -99,8 +99,8 @@ def page(tables: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
         "# Accuracy of tuners on the embedded tasks",
         "",
         f"Each number: mean over {len(birth['seeds'])} seeds of the share of right greedy answers to held-out items; "
-        f"{birth['steps']} steps. {len(TUNED[0].rates)} learning rates were tried for each method with one seed and judged on",
-        "other items. Points: difference on the same items, 95 % paired bootstrap interval. LoRA has rank "
+        f"{birth['steps']} steps. {len(TUNED[0].rates)} learning rates were tried for each method with one seed and judged",
+        "on other items. Points: difference on the same items, 95 % paired bootstrap interval. LoRA has rank "
         f"{RANK}, PaCA rank {WIDE}, which is about as many parameters, or {RANK} where it says equal rank.",
         "DropBP drops that share of the branches' backward pass: by sensitivity, or uniform.",
         "",
@@ -112,7 +112,10 @@ def page(tables: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
     ]
     for task, table in tables.items():
         parts += [f"## {task}: {TASKS[task].what}", "", *rows_of(table), ""]
-        parts += ["| | final training loss | steps to the loss of what it is compared with |", "|---|---|---|"]
+        parts += [
+            "| | final training loss | steps to the loss of what it is compared with |",
+            "|---|---|---|",
+        ]
         for name, row in table.items():
             parts.append(f"| {name} | {row['final_loss']:.4f} | {row['steps_to_equal_loss'] or 'never'} |")
         parts += ["", f"![right answers](tuners-{task}.svg) ![loss](tuners-loss-{task}.svg)", ""]
@@ -127,10 +130,10 @@ def write(folder: Path, tables: Mapping[str, Any], birth: Mapping[str, Any]) -> 
         means = {name: 100 * sum(row["seeds"]) / len(row["seeds"]) for name, row in table.items()}
         edges = {n: (100 * min(row["seeds"]), 100 * max(row["seeds"])) for n, row in table.items()}
         title = f"{task}: right answers, mean of {len(birth['seeds'])} seeds"
-        atomic_write_text(
-            folder / f"tuners-{task}.svg", bars(means, title=title, unit="%", intervals=edges)
-        )
-        curves = {n: [(s, x) for s, x in row["history"]] for n, row in table.items() if "sun" not in n.lower()}
+        atomic_write_text(folder / f"tuners-{task}.svg", bars(means, title=title, unit="%", intervals=edges))
+        curves = {
+            n: [(s, x) for s, x in row["history"]] for n, row in table.items() if "sun" not in n.lower()
+        }
         drawn = lines(
             dict(list(curves.items())[:8]),
             title=f"{task}: training loss, seed 0",
@@ -148,7 +151,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/results"), help="family, trials, logs")
     parser.add_argument("--docs", type=Path, default=Path("docs/results"), help="table and pictures")
     parser.add_argument("--tasks", default="tools", help="by comma")
-    parser.add_argument("--methods", help="only these, by semicolon; what they are compared with must be among them")
+    parser.add_argument(
+        "--methods", help="only these, by semicolon; what they are compared with must be among them"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, default=2, help="trials at once, one thread each")
     for name in ("train-items", "test-items", "validation-items"):

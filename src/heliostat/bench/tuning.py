@@ -79,7 +79,9 @@ class Wish:
         for rate in self.rates:
             check_rate(rate)
         if 0.0 not in self.rates:
-            raise Refused(f"dropbp {', '.join(f'{r:g}' for r in self.rates)}: 0 must be among them, to compare with")
+            raise Refused(
+                f"dropbp {', '.join(f'{r:g}' for r in self.rates)}: 0 must be among them, to compare with"
+            )
         if self.spoken > self.length:
             raise Refused(f"spoken {self.spoken}: more than the {self.length} tokens of a row")
         if self.repeats < 5:
@@ -165,10 +167,7 @@ def _row(
 ) -> dict[str, Any]:
     alone = Case(case.tuner, case.r, 0.0, case.checkpointing)
     took = statistics.median(seconds[case][WARM:])
-    # Beside the step of rate 0 of the same turn: what slows the machine for a while slows both.
-    ratio = statistics.median(
-        a / b for a, b in zip(seconds[case][WARM:], seconds[alone][WARM:], strict=True)
-    )
+    low_rank = [Case(name, wish.r, 0.0, case.checkpointing) for name in (LORA, PEFT_LORA)]
     kept, fixed = model.kept(case), model.fixed()
     return {
         "case": case.name,
@@ -177,13 +176,19 @@ def _row(
         "seconds": took,
         "low": min(seconds[case][WARM:]),
         "high": max(seconds[case][WARM:]),
-        "ratio": ratio,
+        "ratio": _beside(seconds[case], seconds[alone]),
+        "speeds": {one.name: _beside(seconds[one], seconds[case]) for one in low_rank if one in seconds},
         "predicted": None if case.checkpointing or not case.dropbp else parts.ratio(case.dropbp),
         "kept": kept,
         "fixed": fixed,
         "total": kept + fixed,
         "longest": model.longest(case, wish.budget_mib * MIB),
     }
+
+
+def _beside(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median ratio of two cases' times in the same turn: what slows the machine for a while slows both."""
+    return statistics.median(a / b for a, b in zip(ours[WARM:], theirs[WARM:], strict=True))
 
 
 def losses(wish: Wish, console: Console) -> dict[str, list[tuple[int, float]]]:
@@ -232,9 +237,10 @@ def page(found: Mapping[str, Any], wish: Wish, birth: Mapping[str, Any]) -> str:
         "",
         f"A Llama of chance, {config.parameters:,} parameters, {config.layers} layers of width {config.width}, vocabulary",
         f"{config.vocabulary}; steps of {wish.batch} x {wish.length} tokens, loss on the last {wish.spoken} of each row.",
-        f"Medians of {birth['repeats']} steps, all cases in turn. PEFT's adapters sit in the same model. What is kept for the",
-        "backward pass is counted with saved_tensors_hooks, each storage once; the total adds weights, gradients and",
-        f"AdamW's moments. Longest: tokens of one row whose total stays within {wish.budget_mib} MiB, from two measured lengths.",
+        f"Medians of {birth['repeats']} steps, all cases in turn; speeds are medians of ratios within a turn. PEFT's",
+        "adapters sit in the same model. What is kept for the backward pass is counted with saved_tensors_hooks, each",
+        "storage once; the total adds weights, gradients and AdamW's moments. Longest: tokens of one row whose total",
+        f"stays within {wish.budget_mib} MiB, reckoned from two measured lengths.",
         f"lora r {wish.r} and paca r {2 * wish.r} have about as many parameters, paca r {wish.r} has the rank.",
         "",
         f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}; "
@@ -270,16 +276,17 @@ def _last(curve: Sequence[Sequence[float]]) -> float:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    lora = next((row for row in rows if row["tuner"] == LORA and not row["dropbp"]), rows[0])
+    lora = next((row["case"] for row in rows if row["tuner"] == LORA and not row["dropbp"]), None)
     lines = [
         "| | trained | step, ms | speed, of lora | kept, MiB | total, MiB | longest, tokens |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        speed = f"{row['speeds'][lora]:.2f}" if lora else ""
         spread = f"{row['low'] * 1e3:.0f} to {row['high'] * 1e3:.0f}"
         lines.append(
             f"| {row['case']} | {row['trained']:,} | {row['seconds'] * 1e3:.0f} ({spread}) | "
-            f"{lora['seconds'] / row['seconds']:.2f} | {row['kept'] / MIB:.1f} | {row['total'] / MIB:.1f} | "
+            f"{speed} | {row['kept'] / MIB:.1f} | {row['total'] / MIB:.1f} | "
             f"{row['longest']:,} |"
         )
     return lines
@@ -318,14 +325,17 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
                 continue
             equal = "equal parameters" if row["r"] == widest else "equal rank"
             lines.append(
-                f"- {row['case']} ({equal}): {lora['seconds'] / row['seconds']:.2f} times the speed of the faster LoRA "
-                f"({lora['case']}), kept {row['kept'] / lora['kept'] - 1:+.0%}, total {row['total'] / lora['total'] - 1:+.0%}."
+                f"- {row['case']} ({equal}): {row['speeds'][lora['case']]:.2f} times the speed of the faster LoRA "
+                f"({lora['case']}), kept {row['kept'] / lora['kept'] - 1:+.0%}, "
+                f"total {row['total'] / lora['total'] - 1:+.0%}."
             )
-    near = [abs(r["ratio"] / r["predicted"] - 1) for r in plain.values() if r["predicted"] is not None]
-    if near:
-        met = sum(x <= CLOSE for x in near)
+    apart = [r["ratio"] / r["predicted"] - 1 for r in plain.values() if r["predicted"] is not None]
+    if apart:
+        met = sum(abs(x) <= CLOSE for x in apart)
         lines.append(
-            f"- Dropped branches: {met} of {len(near)} cases within {CLOSE:.0%} of the model, the farthest {max(near):.1%} apart."
+            f"- Dropped branches: {met} of {len(apart)} cases within {CLOSE:.0%} of the model's time; "
+            f"{sum(x > CLOSE for x in apart)} slower, {sum(x < -CLOSE for x in apart)} faster; from {min(apart):+.1%} "
+            f"to {max(apart):+.1%}."
         )
     return lines
 

@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from heliostat.errors import Refused
@@ -22,8 +21,11 @@ from heliostat.files import atomic_write_text, read_json
 from heliostat.model.config import ModelConfig
 from heliostat.model.transformer import Branches, Tape
 from heliostat.plot import lines
-from heliostat.train.ranks import whole
 from heliostat.train.droprates import Branch, by_sensitivity, check_rate, draw, dropped_share, uniform
+from heliostat.train.ranks import whole
+from heliostat.train.wrapping import Wrapped, wrap
+
+__all__ = ["Dropping", "Wrapped", "branches_of", "gradient_norms", "sensitivities", "wrap"]
 
 RATES, PICTURE = "dropbp.json", "dropbp.svg"
 UNIFORM_SHARE = 0.1
@@ -53,7 +55,8 @@ class Dropping:
         """``measured_at``: the step before which sensitivities are measured; None: rates stay uniform.
 
         ``folder``: where rates are written, and read when a run goes on behind that step. ``written``: keys and values
-        are read by another module and stay on the tape. ``writes``: whether this process writes the files. Raises Refused for a rate outside [0, 0.95].
+        are read by another module and stay on the tape. ``writes``: whether this process writes the files.
+        Raises Refused for a rate outside [0, 0.95].
         """
         self.branches, self.rate, self.seed = tuple(branches), check_rate(rate), seed
         self.measured_at, self.folder, self.written = measured_at, folder, written
