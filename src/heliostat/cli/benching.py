@@ -10,9 +10,7 @@ import typer
 from heliostat.cli.printing import Json, print_json
 from heliostat.errors import Refused
 
-bench = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Measure on this machine, side by side."
-)
+bench = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure on this machine, side by side.")
 
 
 @bench.callback()
@@ -27,9 +25,7 @@ def _train(
     ] = "full,lora,paca",
     dropbp: Annotated[str, typer.Option(help="Drop rates, by comma; 0 among them.")] = "0,0.5,0.75,0.875",
     r: Annotated[int, typer.Option(min=1, help="Rank of adapters; columns also at twice of it.")] = 16,
-    peft: Annotated[
-        bool, typer.Option("--peft/--no-peft", help="PEFT's LoRA and DoRA beside ours.")
-    ] = True,
+    peft: Annotated[bool, typer.Option("--peft/--no-peft", help="PEFT's LoRA and DoRA beside ours.")] = True,
     repeats: Annotated[int, typer.Option(help="Steps of each case, taken in turn; at least 5.")] = 7,
     hidden_size: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Its depth.")] = 8,
@@ -39,7 +35,9 @@ def _train(
     spoken: Annotated[int, typer.Option(min=1, help="Of them with a loss.")] = 64,
     loss_steps: Annotated[int, typer.Option(min=0, help="Steps of the runs that compare losses.")] = 60,
     budget_mib: Annotated[int, typer.Option(min=1, help="Memory for the longest sequence, MiB.")] = 1024,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: cuda where torch sees one.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:N; auto: cuda where torch sees one.")
+    ] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for tuning.md, tuning.json and pictures.")] = Path(
         "out/bench"
     ),

@@ -147,9 +147,7 @@ class Run:
 
     def _advance(self, optimizer: torch.optim.Optimizer, progress: Progress) -> Progress:
         micros = self.objective.micros(progress.step)
-        record = take_step(
-            micros, self.parameters, optimizer, progress.step, self.settings, ranks=self.ranks
-        )
+        record = take_step(micros, self.parameters, optimizer, progress.step, self.settings, ranks=self.ranks)
         step = progress.step + 1
         history = progress.history
         last = step == self.settings.steps

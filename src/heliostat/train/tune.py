@@ -145,9 +145,7 @@ def _run(job: Job, watch: Watch, echo: Callable[[str], None]) -> tuple[Mapping[s
     settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
     objective = objective_of(job, tell=echo)
     judge = _judge(job, echo)
-    run = Run(
-        objective, job.parameters, settings, job.run_folder, _identity(job), watch, judge, job.ranks
-    )
+    run = Run(objective, job.parameters, settings, job.run_folder, _identity(job), watch, judge, job.ranks)
     return run.fit(resume=recipe.resume_from_checkpoint is not False).history
 
 
