@@ -46,7 +46,8 @@ def _train(
     """Full tuning, LoRA and PaCA, branches dropped or not: time, memory and loss of training steps."""
     from rich.console import Console
 
-    from heliostat.bench.tuning import Wish, main, verdicts
+    from heliostat.bench.tuning import Wish
+    from heliostat.bench.tuning_page import main, verdicts
 
     wish = Wish(
         tuners=tuple(part.strip() for part in tuners.split(",")),

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from heliostat.bench import tuning
+from heliostat.bench import tuning_page
 from heliostat.bench.stepping import Case, Phases, Tuned, Work
 from heliostat.bench.tuning import Wish
 from heliostat.errors import Refused
@@ -94,7 +94,7 @@ def test_a_page_has_every_case_the_model_and_verdicts(tmp_path: Path) -> None:
     from dataclasses import replace
 
     wish = replace(SMALL, tuners=("lora", "paca"), rates=(0.0, 0.5), budget_mib=4)
-    found, page = tuning.main(wish, tmp_path, console=Console(file=io.StringIO()))
+    found, page = tuning_page.main(wish, tmp_path, console=Console(file=io.StringIO()))
     names = {row["case"] for row in found["rows"]}
     assert names == {"lora r 4", "lora r 4, dropbp 0.5", "paca r 4", "paca r 8", "paca r 8, dropbp 0.5"}
     text = page.read_text(encoding="utf-8")
