@@ -50,12 +50,15 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## a training step beside its cost model, decoding beside transformers
+bench: $(STAMP)  ## training steps beside their cost model, tuners side by side, decoding beside transformers
 	$(BIN)/python -m heliostat.bench.step_time
+	$(BIN)/heliostat bench train --out docs/results
 	$(BIN)/python -m heliostat.bench.decode
 
-bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, and decoding; writes docs/results/decode-gpu.md
+bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, tuners on an 8B shape, and decoding
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/heliostat bench train --device cuda --tuners lora,paca --hidden-size 4096 --layers 32 --vocabulary 128256 \
+	  --batch 1 --length 2048 --spoken 512 --r 32 --loss-steps 0 --budget-mib 81920 --out out/bench-gpu
 	$(BIN)/python -m heliostat.bench.decode --device cuda
 
 base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one core
@@ -64,6 +67,7 @@ base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one c
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
 	$(BIN)/python -m heliostat.bench.results --readme README.md
 	$(BIN)/python -m heliostat.bench.reach
+	$(BIN)/python -m heliostat.bench.tuners
 
 docs: $(STAMP)  ## every command, verb and link that the pages name exists
 	$(BIN)/python -m pytest -q tests/house/test_readme.py
