@@ -277,7 +277,8 @@ def _inputs_of_checkpoints(keep: Callable[[Tensor], None]) -> Iterator[None]:
 def _random(work: Work, *, whole: bool) -> Transformer:
     """A model of chance: float32 where all of it is trained, else as frozen weights are held."""
     torch.manual_seed(0)
-    model = Transformer(work.config)
+    with torch.device(work.device):
+        model = Transformer(work.config)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
