@@ -98,8 +98,7 @@ def merge(model: nn.Module) -> nn.Module:
         part = module.part(module.worn)
         if part is not None and not isinstance(part, Columns):
             raise Refused(f"{path} wears a low-rank adapter, not columns: paca cannot merge it")
-        if part is not None and not part.resident:
-            wear(module, module.worn)
+        wear(module, module.worn)  # nobody else's columns, and its own as they are now
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.inner)
     return model

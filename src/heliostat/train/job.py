@@ -34,6 +34,7 @@ from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.objective import Learner, MemberObjective
 from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.recipe import Recipe, Settled
+from heliostat.train.sharing import idle
 from heliostat.train.teacher import taught_examples
 from heliostat.train.track import check_tracker
 
@@ -79,9 +80,7 @@ class Job:
         return sum(p.numel() for model in models.values() for p in model.parameters())
 
 
-def prepare(
-    recipe: Recipe, *, ranks: Ranks = ALONE, echo: Callable[[str], None] = lambda line: None
-) -> Job:
+def prepare(recipe: Recipe, *, ranks: Ranks = ALONE, echo: Callable[[str], None] = lambda line: None) -> Job:
     """Read, check and load everything; refuses what cannot work, with the reason, before any training.
 
     With several processes the modules are parted among them, if the recipe says so.
@@ -269,12 +268,8 @@ def _modules(
     modules = {own: Loaded(own, "", own, own_model)}
     if BASE in row.modules:
         modules |= base(frozen_kind)
-    written = {row.prompt_writer, row.answer_writer}
     for name, parameter in own_model.named_parameters():
-        # A module that only speaks reads others' keys and values; its own projections for them are never used.
-        parameter.requires_grad_(
-            own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm"))
-        )
+        parameter.requires_grad_(not idle(name, row, own))
     return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
 
 
