@@ -14,7 +14,8 @@ from heliostat.cli.options import fields_of, given, recipe_options, taking
 from heliostat.cli.printing import Json, note, percent, print_json, print_next, print_samples, print_table
 from heliostat.cli.together import start, started
 from heliostat.errors import Refused
-from heliostat.train.recipe import Pace, PretrainRecipe, Recipe
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import Pace, Recipe
 from heliostat.train.spellings import make_recipe, read_values
 
 if TYPE_CHECKING:

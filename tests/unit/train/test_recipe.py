@@ -9,17 +9,8 @@ from hypothesis import strategies as st
 
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS
-from heliostat.train.recipe import (
-    ALL_LINEARS,
-    ANY,
-    DEFAULTS,
-    TARGETS,
-    Pace,
-    PretrainRecipe,
-    Recipe,
-    Settled,
-    widest_rank,
-)
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import ALL_LINEARS, ANY, DEFAULTS, TARGETS, Pace, Recipe, Settled, widest_rank
 from heliostat.train.spellings import SPELLINGS, make_recipe, read_recipe, to_yaml
 
 LEAST = {"family": "fam", "member": "math", "sharing": "sun", "data": "math.jsonl"}
@@ -85,7 +76,10 @@ class TestArguments:
             ({"r": 8, "target_modules": "q_proj"}, "r, target_modules: for tuner lora and paca only"),
             ({"tuner": "lora", "columns": "norm"}, "columns: for tuner paca only, and tuner is lora"),
             ({"tuner": "paca", "lora_alpha": 8}, "lora_alpha: for tuner lora only.* factor of learning_rate"),
-            ({"tuner": "paca", "columns": "best"}, "columns is 'best'; it must be 'random', 'norm' or 'gradient'"),
+            (
+                {"tuner": "paca", "columns": "best"},
+                "columns is 'best'; it must be 'random', 'norm' or 'gradient'",
+            ),
             ({"tuner": "paca", "r": 0}, "r is 0; it must be greater than or equal to 1"),
             ({"tuner": "lora", "r": 0}, "r is 0; it must be greater than or equal to 1"),
             ({"tuner": "lora", "target_modules": []}, r"target_modules is \[\]; it must be not empty"),
