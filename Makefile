@@ -57,8 +57,7 @@ bench: $(STAMP)  ## training steps beside their cost model, tuners side by side,
 
 bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, tuners on an 8B shape, and decoding
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/heliostat bench train --device cuda --tuners lora,paca --hidden-size 4096 --layers 32 --vocabulary 128256 \
-	  --batch 1 --length 2048 --spoken 512 --r 32 --no-peft --loss-steps 0 --budget-mib 81920 --out out/bench-gpu
+	$(BIN)/heliostat bench train --device cuda --tuners lora,paca --hidden-size 4096 --layers 32 --vocabulary 128256 --batch 1 --length 2048 --spoken 512 --r 32 --no-peft --loss-steps 0 --budget-mib 81920 --out out/bench-gpu
 	$(BIN)/python -m heliostat.bench.decode --device cuda
 
 base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one core

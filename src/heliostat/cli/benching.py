@@ -10,12 +10,14 @@ import typer
 from heliostat.cli.printing import Json, print_json
 from heliostat.errors import Refused
 
-bench = typer.Typer(add_completion=False, no_args_is_help=True, help="Measure on this machine, side by side.")
+bench = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Measure training steps on this machine, side by side."
+)
 
 
 @bench.callback()
 def _group() -> None:
-    """Measure on this machine, side by side."""
+    """Measure training steps on this machine, side by side."""
 
 
 @bench.command("train")

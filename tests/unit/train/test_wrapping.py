@@ -77,6 +77,7 @@ def test_every_optimizer_step_brings_the_next_draw_and_measures_after_a_tenth() 
     assert len(set(wrapped.rates)) > 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler, looking at tensors
 def test_compiled_layers_say_the_same() -> None:
     plain, model = llama(), llama()
     dropbp.wrap(plain, rate=0.5)
@@ -89,6 +90,7 @@ def test_compiled_layers_say_the_same() -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the name that every version knows
 def test_computing_activations_again_says_the_same() -> None:
     plain, model = llama(), llama()
     dropbp.wrap(plain, rate=0.5)
@@ -124,6 +126,7 @@ def test_a_rate_outside_is_refused(rate: float) -> None:
         dropbp.wrap(llama(), rate=rate)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # of a trainer on a machine without a GPU
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
