@@ -12,12 +12,15 @@ ACCURACY = {
 
 
 def test_every_method_runs_longer_at_the_rate_of_the_table_and_adapters_wider_too() -> None:
-    found = reach.trials(ACCURACY, "math")
+    found = reach.longer(ACCURACY, "math")
     assert {trial.steps for trial in found.values()} == {30}
-    assert all(trial.learning_rate == RATES[name] for (name, _), trial in found.items())
-    wide = {name for (name, what), trial in found.items() if trial.r == 64 and "r 64" in what}
-    assert wide == {method.name for method in METHODS if method.tuner == "lora"}
-    assert len({trial.name for trial in found.values()}) == len(found)
+    assert all(trial.learning_rate == RATES[name] for name, trial in found.items())
+    wide = reach.wider(found)
+    assert set(wide) == {method.name for method in METHODS if method.tuner == "lora"}
+    assert all(trial.r == 64 for tried in wide.values() for trial in tried)
+    assert all(t.learning_rate < RATES[name] for name, tried in wide.items() for t in tried)
+    names = [trial.name for trial in (*found.values(), *(t for tried in wide.values() for t in tried))]
+    assert len(set(names)) == len(names)
 
 
 def test_the_page_compares_within_a_column() -> None:
