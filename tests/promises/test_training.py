@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from heliostat.build import Loaded
 from heliostat.family import Row
-from heliostat.linear.lora import adapter_of
+from heliostat.linear.lora import parts_of
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Attention, Transformer
 from heliostat.train.data import Example
@@ -96,7 +96,7 @@ def learning(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters of one module, with gradients on; all is as before at the end."""
     module = modules[own]
-    parts = adapter_of(module.model, own) if module.adapter else {"": module.model}
+    parts = parts_of(module.model, own) if module.adapter else {"": module.model}
     found = {f"{path}.{n}": p for path, part in parts.items() for n, p in part.named_parameters()}
     models = {id(m.model): m.model for m in modules.values()}.values()
     for parameter in found.values():

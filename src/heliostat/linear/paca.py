@@ -45,9 +45,10 @@ def apply(
     first batch, for the choice "gradient". Raises Refused for what the model has not, and for tied weights.
     """
     names = _targets(model, targets)
+    _refuse_tied(model, [p for p, m in _linears(model) if p.rsplit(".", 1)[-1] in names])
     model.requires_grad_(False)
     paths = add_columns(model, name, r=r, targets=names, choice=choice, seed=seed, loss=loss)
-    _begin(model, name, paths, form)
+    _begin(model, name, form)
     return paths
 
 
@@ -131,15 +132,15 @@ def load(model: nn.Module, folder: str | Path, *, name: str = DEFAULT, form: For
         raise Refused(f"{folder}: the adapter on {other[0]} is low-rank, no selection of columns")
     for path, part in saved.items():
         part.refuse_other_shape(Path(folder), path, linear_at(model, path, Path(folder)))
+    _refuse_tied(model, sorted(chosen))
     model.requires_grad_(False)
     for path, placed in put_columns(model, name, chosen).items():
         placed.delta.data = (saved[path].b.float() * saved[path].scale).to(placed.delta.device)
-    _begin(model, name, sorted(chosen), form)
+    _begin(model, name, form)
     return sorted(chosen)
 
 
-def _begin(model: nn.Module, name: str, paths: Sequence[str], form: Form) -> None:
-    _refuse_tied(model, paths)
+def _begin(model: nn.Module, name: str, form: Form) -> None:
     wear(model, name, form=form)
     model.register_forward_pre_hook(_before)
 
@@ -147,21 +148,25 @@ def _begin(model: nn.Module, name: str, paths: Sequence[str], form: Form) -> Non
 def _targets(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     """Last names of Linears; those that the model has not are refused with what there is."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    there = {
-        path.rsplit(".", 1)[-1]
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, AdaptedLinear))
-        and module is not head
-        and not path.endswith(".inner")
-    }
+    there = {path.rsplit(".", 1)[-1]: module is head for path, module in _linears(model)}
     if isinstance(targets, str):
-        targets = sorted(there) if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+        every = sorted(name for name, is_head in there.items() if not is_head)
+        targets = every if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     names = list(targets)
-    if unknown := sorted(set(names) - there):
+    if unknown := sorted(set(names) - set(there)):
         raise Refused(
             f"targets {', '.join(unknown)}: this model has {', '.join(sorted(there)) or 'no Linear'}"
         )
     return names
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every Linear that can be tuned, with its path; one that has adapters already stands for the one inside it."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, AdaptedLinear)) and not path.endswith(".inner")
+    ]
 
 
 def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:

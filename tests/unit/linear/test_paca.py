@@ -1,6 +1,7 @@
 """Columns on models of transformers: put on, trained by their Trainer, lifted, merged, saved; PEFT reads them."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.unit.linear.test_columns import kept
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore:Model has `tie_word_embeddings", "ignore:Setting `save_embedding_layers`"
 )
+PAGE = Path(__file__).parents[3] / "docs" / "methods" / "paca.md"
 IDS = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -178,6 +180,27 @@ def test_transformers_own_trainer_trains_and_resumes(
     resumed = run(4, resume=True)
     torch.testing.assert_close(logits(resumed), logits(whole), rtol=0, atol=1e-5)
     assert (logits(whole) - logits(theirs(tiny_base))).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("block", [0, 1], ids=["alone", "in a row"])
+def test_the_example_of_the_page_runs(
+    block: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    data = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = TrainingArguments(output_dir="out", max_steps=2, report_to=[], save_strategy="no")
+    names: dict[str, Any] = {
+        "model": theirs(tiny_base),
+        "data": data,
+        "Trainer": Trainer,
+        "arguments": arguments,
+    }
+    exec(blocks[block], names)  # noqa: S102 - the page's own lines
+    if block == 0:
+        assert type(names["model"].model.layers[0].mlp.up_proj) is nn.Linear
+        peft = PeftModel.from_pretrained(theirs(tiny_base), "adapter").eval()
+        torch.testing.assert_close(logits(peft), logits(names["model"].eval()), rtol=0, atol=1e-4)
 
 
 def test_less_is_kept_than_by_a_low_rank_adapter_of_as_many_parameters(tiny_base: Path) -> None:

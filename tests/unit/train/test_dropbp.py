@@ -176,6 +176,7 @@ def test_costs_are_computed_from_the_shape(bare_family: Path, tiny_data: Path) -
     assert writer[0].flops == 2 * (sizes["q_proj"] + sizes["o_proj"]) + scores and not writer[0].trained
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler, looking at tensors
 def test_blocks_compile_and_say_the_same(bare_family: Path, tiny_data: Path) -> None:
     job = prepare(recipe(bare_family, tiny_data, dropbp=0.5, dropbp_rates="uniform"))

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heliostat.errors import Refused
@@ -37,6 +37,7 @@ def test_a_rate_outside_is_refused_with_the_limits(rate: float) -> None:
     assert check_rate(HIGHEST) == HIGHEST
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 40), RATES, st.integers(0, 2**32), st.floats(0.3, 6))
 def test_the_share_that_is_dropped_is_the_one_asked_for(
     layers: int, rate: float, seed: int, mlp: float
@@ -72,6 +73,7 @@ def test_equal_sensitivities_favour_no_depth() -> None:
     assert early == pytest.approx(late, rel=0.02)
 
 
+@settings(max_examples=15)
 @given(st.integers(12, 32), RATES, st.integers(0, 100))
 def test_every_step_of_a_deep_model_costs_the_same(layers: int, rate: float, seed: int) -> None:
     found = branches(layers, mlp=4.2)
@@ -101,7 +103,7 @@ def test_llama_8b_keeps_whole_numbers() -> None:
 
 @pytest.mark.parametrize("layers", [2, 3, 8])
 def test_every_branch_is_kept_as_often_as_its_rate_says(layers: int) -> None:
-    found, steps = branches(layers, trained=False), 6_000
+    found, steps = branches(layers, trained=False), 2_000
     chance = random.Random(1)
     rates = by_sensitivity(found, [chance.random() for _ in found], 0.6, seed=0)
     kept = [0] * len(found)
@@ -109,7 +111,7 @@ def test_every_branch_is_kept_as_often_as_its_rate_says(layers: int) -> None:
         for i, keep in enumerate(draw(found, rates, seed=5, step=step)):
             kept[i] += keep
     for count, rate in zip(kept, rates, strict=True):
-        assert count / steps == pytest.approx(1 - rate, abs=0.03)
+        assert count / steps == pytest.approx(1 - rate, abs=0.05)
 
 
 def test_a_draw_is_a_function_of_seed_and_step() -> None:

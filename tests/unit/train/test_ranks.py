@@ -130,6 +130,7 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(bare_family: Path, 
             torch.testing.assert_close(together[name], tensor, rtol=2e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_two_goes_on_from_one_whole_checkpoint(
     bare_family: Path, tiny_data: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_every_optimizer_step_brings_the_next_draw_and_measures_after_a_tenth() 
     assert len(set(wrapped.rates)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's compiler, looking at tensors
 def test_compiled_layers_say_the_same() -> None:
     plain, model = llama(), llama()
