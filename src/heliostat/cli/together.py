@@ -41,7 +41,7 @@ def start(count: int, words: Sequence[str] | None = None) -> int:
         before = {
             # A terminal's Ctrl-C reaches all of them; this one only waits. A handler of ours is not inherited.
             signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: [p.terminate() for p in processes]),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: _end(processes)),
         }
         try:
             _wait(processes)
@@ -75,7 +75,12 @@ def _start(
         "HELIOSTAT_MEETING": str(Path(folder) / "meeting"),
     }
     quiet = {} if number == 0 else {"stdout": subprocess.DEVNULL, "stderr": log}
-    return subprocess.Popen([sys.executable, "-c", _RUN, *words], env=environment, **quiet)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen([sys.executable, "-c", _RUN, *words], env=environment, **quiet)  # type: ignore[call-overload]
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
