@@ -122,6 +122,7 @@ def load_adapter(folder: Path, model: nn.Module, name: str) -> None:
         if part.columns is not None:
             columns[path] = part.columns, part.b * part.scale
             continue
+        assert part.a is not None
         adapter = put_adapter(model, path, name, r=part.b.shape[1], scale=part.scale)
         adapter.to(linear.weight.dtype)
         adapter.a.data.copy_(part.a)

@@ -149,7 +149,7 @@ def _pulls(
         module.worn = name
     try:
         with torch.enable_grad():
-            loss().backward()  # type: ignore[no-untyped-call]
+            loss().backward()
     finally:
         for module, before in zip(linears, worn, strict=True):
             module.worn = before

@@ -89,7 +89,13 @@ class AdaptedLinear(nn.Module):
             part = self.part(route[0][0])
             self._refuse_others(part)
             return self.inner(x) if part is None else part.through(self.inner, x)
+        self.make_ready()
         return self.adapted(self.inner(x), x, route)
+
+    def make_ready(self) -> None:
+        """Before the frozen Linear is multiplied by: columns that stand in its weight are as they were tuned last."""
+        if (resident := self._resident()) is not None:
+            resident.refresh(self.inner)
 
     def adapted(self, y: Tensor, x: Tensor, route: Route | None) -> Tensor:
         """What the adapters make of y [..., out], the Linear's product with x [..., in]; y may be changed."""

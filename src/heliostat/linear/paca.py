@@ -175,14 +175,14 @@ def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(parameter.data_ptr(), []).append(path)
     for path in paths:
-        shared = holders[model.get_submodule(path).weight.data_ptr()]  # type: ignore[union-attr,operator]
+        shared = holders[model.get_submodule(path).weight.data_ptr()]  # type: ignore[operator]
         if len(shared) > 1:
             raise Refused(
                 f"{path} is tied: its weight is also {', '.join(n for n in shared if path not in n)}"
             )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _before(model: nn.Module, args: Any) -> None:
     """Before the whole model runs: a compiled one does not look at its columns by itself."""
     refresh(model)

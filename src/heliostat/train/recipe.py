@@ -234,7 +234,7 @@ class Recipe(Pace):
             return dict.fromkeys(_ADAPTERS)
         widest = widest_rank(hidden_size) * (2 if self.tuner == "paca" else 1)
         r = self.r if isinstance(self.r, int) else min(defaults.r, widest)
-        own = {"lora_alpha": 2.0 * r, "columns": None}
+        own: dict[str, Any] = {"lora_alpha": 2.0 * r, "columns": None}
         if self.tuner == "paca":
             own = {"lora_alpha": None, "columns": "random"}
         return {"r": r, "target_modules": TARGETS[SHARINGS[self.sharing].targets], **own}

@@ -77,11 +77,15 @@ def test_the_columns_on_which_a_first_batch_pulls_most(model: Transformer) -> No
     for path in got:
         adapted_at(model, path).adapters.clear()
     loss_of(plain, "x").backward()
-    gradients = {path: model.get_submodule(path).inner.weight.grad for path in got}  # type: ignore[union-attr]
+    pulls: dict[str, Tensor] = {}
+    for path in got:
+        gradient = adapted_at(plain, path).weight.grad
+        assert gradient is not None
+        pulls[path] = gradient.pow(2).sum(0)
     for path, columns in got.items():
         together = [p for p in got if got[p] == columns and p.rsplit(".", 1)[0] == path.rsplit(".", 1)[0]]
-        lengths = sum(gradients[p].pow(2).sum(0) for p in together)  # type: ignore[union-attr,misc]
-        assert sorted(lengths.topk(5).indices.tolist()) == columns  # type: ignore[union-attr]
+        lengths = torch.stack([pulls[p] for p in together]).sum(0)
+        assert sorted(lengths.topk(5).indices.tolist()) == columns
 
 
 def test_refusals(model: Transformer) -> None:

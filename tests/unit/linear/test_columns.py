@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -165,14 +166,19 @@ def test_without_a_tape_inference_mode_too_the_function_is_the_same() -> None:
     "options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "plain"]
 )
 def test_resident_columns_are_written_once_an_optimizer_step(
-    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner, part = made(6, 5, 2)
     twin_inner, twin = copy.deepcopy(inner), copy.deepcopy(part)
     part.settle(inner)
     writes = []
     plain = Tensor.index_copy_
-    monkeypatch.setattr(Tensor, "index_copy_", lambda self, *a: (writes.append(1), plain(self, *a))[1])
+
+    def write(self: Tensor, *arguments: Any) -> Tensor:
+        writes.append(arguments)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(Tensor, "index_copy_", write)
     optimizers = [torch.optim.AdamW([p.delta], lr=0.1, weight_decay=0.5, **options) for p in (part, twin)]
     for step in range(3):
         for micro in range(4):  # gradients are accumulated
@@ -254,7 +260,7 @@ def test_what_has_no_dense_weight_is_tuned_in_delta_form_and_not_written_to() ->
     inner, part = made(6, 5, 2, bias=False)
     strange = Strange(inner.weight)
     x = torch.randn(3, 6, requires_grad=True)
-    grads = []
+    grads: list[tuple[Tensor, Tensor, Tensor]] = []
     for each in (inner, strange):
         part.delta.grad = x.grad = None
         y = part.through(each, x)

@@ -113,7 +113,7 @@ def test_transformers_own_trainer_trains_it(checkpointing: bool, tiny_base: Path
         save_strategy="no",
     )
     first = wrapped(**batch())["loss"]
-    Trainer(model=wrapped, args=arguments, train_dataset=data).train()  # type: ignore[arg-type]
+    Trainer(model=wrapped, args=arguments, train_dataset=data).train()
     assert wrapped(**batch())["loss"] < 0.8 * first
     assert wrapped.modules_of_row["own"].model.checkpointing == checkpointing
 
