@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import runpy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,6 +185,7 @@ def test_transformers_own_trainer_trains_and_resumes(
     assert (logits(whole) - logits(theirs(tiny_base))).abs().max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("block", [0, 1], ids=["alone", "in a row"])
 def test_the_example_of_the_page_runs(
     block: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -198,7 +200,8 @@ def test_the_example_of_the_page_runs(
         "Trainer": Trainer,
         "arguments": arguments,
     }
-    exec(blocks[block], names)
+    (tmp_path / "example.py").write_text(blocks[block], encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "example.py"), init_globals=names)
     if block == 0:
         assert type(names["model"].model.layers[0].mlp.up_proj) is nn.Linear
         peft = PeftModel.from_pretrained(theirs(tiny_base), "adapter").eval()
