@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 
 from heliostat.build import RUNS, load_modules, read_family
 from heliostat.errors import Refused
+from heliostat.family import SHARINGS
 from heliostat.linear.lora import parts_of
 from heliostat.model.weights import state_of
 from heliostat.train import checkpoint, ranks
 from heliostat.train.forecast import forecast
 from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.recipe import Recipe
+from heliostat.train.tune import tune
+from heliostat.train.watch import Silent
 
 WORKER = """
 import json, sys
@@ -44,12 +48,17 @@ for values in json.loads(sys.argv[1]):
         break
 ranks.left()
 """
-WAYS = [
-    ("independent", "full", "fsdp", {}),
-    ("sun", "full", "fsdp", {"dropbp": 0.5, "dropbp_rates": "uniform", "gradient_checkpointing": True}),
-    ("sun", "lora", "fsdp", {}),
-    ("icarus", "paca", "fsdp", {}),
-    ("prefillshare", "full", "ddp", {}),
+DROPS = {"dropbp": 0.5, "dropbp_rates": "uniform", "gradient_checkpointing": True}
+FEW = [("sun", "full", "fsdp", DROPS), ("icarus", "paca", "fsdp", {}), ("prefillshare", "lora", "ddp", {})]
+ALL = [
+    (sharing, tuner, way, options)
+    for sharing in SHARINGS
+    for tuner, way, options in (
+        ("full", "fsdp", {}),
+        ("full", "ddp", DROPS),
+        ("lora", "fsdp", DROPS),
+        ("paca", "fsdp", {}),
+    )
 ]
 
 
@@ -98,33 +107,30 @@ def history(folder: Path, member: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_two_processes_do_what_one_does_with_twice_the_batch(bare_family: Path, tiny_data: Path) -> None:
-    """24 examples in batches of 14: the last batch of an epoch is smaller, and one step's is odd for two."""
+@pytest.mark.parametrize("ways", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_two_processes_do_what_one_does_with_twice_the_batch(
+    bare_family: Path, tiny_data: Path, ways: list[tuple[str, str, str, dict[str, Any]]]
+) -> None:
+    """24 examples in batches of 14: the last batch of an epoch is smaller than the others."""
     both: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     for count, recipes in both.items():
-        for sharing, tuner, way, options in WAYS:
-            member = f"{sharing}-{tuner}-{count}"
+        for sharing, tuner, way, options in ways:
+            member, more = f"{sharing}-{tuner}-{way}-{count}", {"data_parallel": way, **options}
             recipes.append(
-                values(
-                    bare_family,
-                    tiny_data,
-                    member,
-                    count,
-                    sharing=sharing,
-                    tuner=tuner,
-                    data_parallel=way,
-                    **options,
-                )
+                values(bare_family, tiny_data, member, count, sharing=sharing, tuner=tuner, **more)
             )
-        for done in run(count, bare_family, recipes):
-            assert done.returncode == 0, done.stderr[-2000:]
-    for sharing, tuner, _, _ in WAYS:
-        one, two = (history(bare_family, f"{sharing}-{tuner}-{count}") for count in (1, 2))
-        assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3, 4]
-        assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
+    for one in both[1]:
+        tune(Recipe(**one), watching=lambda job: nullcontext(Silent()))
+    for done in run(2, bare_family, both[2]):
+        assert done.returncode == 0, done.stderr[-2000:]
+    for sharing, tuner, way, _ in ways:
+        names = [f"{sharing}-{tuner}-{way}-{count}" for count in (1, 2)]
+        one_log, two_log = (history(bare_family, name) for name in names)
+        assert [r["step"] for r in one_log] == [r["step"] for r in two_log] == [1, 2, 3, 4]
+        assert [r["tokens"] for r in one_log] == [r["tokens"] for r in two_log]
         for key in ("loss", "grad_norm"):
-            assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=2e-3), (sharing, tuner)
-        alone, together = (weights(bare_family, f"{sharing}-{tuner}-{count}") for count in (1, 2))
+            assert [r[key] for r in two_log] == pytest.approx([r[key] for r in one_log], rel=2e-3), names
+        alone, together = (weights(bare_family, name) for name in names)
         assert set(alone) == set(together)
         for name, tensor in alone.items():
             torch.testing.assert_close(together[name], tensor, rtol=2e-3, atol=2e-4, msg=name)
