@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from heliostat.build import Loaded
-from heliostat.linear.lora import adapter_of
+from heliostat.family import SHARINGS
+from heliostat.linear.lora import parts_of
 from heliostat.model.transformer import BOTH, Block, Branches, Tape
 from heliostat.train.data import Example
 from heliostat.train.objective import MemberMicro
@@ -28,16 +29,18 @@ TAPES: Mapping[str, Tape] = {
     "all": (Branches(False, False), Branches(False, False)),
 }
 OWN = ("a", "la")
-ROW = pytest.mark.parametrize(
-    "name",
-    [n for n in ROWS if "three" not in n and "late" not in n and "base-sp" not in n and "writer" not in n],
-)
+NAMES = (*(f"{sharing}-{own}" for sharing in SHARINGS for own in OWN), "sun-columns", "icarus-columns")
+ROW = pytest.mark.parametrize("name", NAMES)
+
+
+def own_of(name: str) -> str:
+    return next(module for module in ROWS[name].modules if module != "base")
 
 
 @contextmanager
 def learning(modules: dict[str, Loaded], own: str) -> Iterator[dict[str, nn.Parameter]]:
     module = modules[own]
-    parts = adapter_of(module.model, own) if module.adapter else {"": module.model}
+    parts = parts_of(module.model, own) if module.adapter else {"": module.model}
     found = {f"{path}.{n}": p for path, part in parts.items() for n, p in part.named_parameters()}
     for parameter in found.values():
         parameter.requires_grad_(True)
@@ -51,9 +54,9 @@ def learning(modules: dict[str, Loaded], own: str) -> Iterator[dict[str, nn.Para
 
 def run(
     name: str, modules: dict[str, Loaded], tape: Tape | None, *, again: bool = False
-) -> tuple[float, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the row's own module with these branches on the tape."""
-    own = name.rsplit("-", 1)[1]
+    own = own_of(name)
     taped = {**modules, own: replace(modules[own], tape=tape)}
     modules[own].model.checkpointing = again
     with learning(modules, own) as parameters:
@@ -83,15 +86,18 @@ def detaching(on: Branches) -> Callable[..., Tensor]:
 
 
 @ROW
-@pytest.mark.parametrize("tape", list(TAPES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_forward_pass_is_the_same_to_the_bit(
-    name: str, tape: str, dtype: torch.dtype, tiny_model: nn.Module
+    name: str, dtype: torch.dtype, tiny_model: nn.Module
 ) -> None:
+    if dtype is torch.bfloat16 and "columns" in name:
+        pytest.skip(
+            "columns beside a shared weight are added in another order without a gradient: see limits"
+        )
     modules = toy_modules(tiny_model, dtype=dtype)  # type: ignore[arg-type]
     whole, _ = run(name, modules, None)
-    dropped, _ = run(name, modules, written(TAPES[tape], name))
-    assert torch.equal(whole, dropped)
+    for tape in TAPES.values():
+        assert torch.equal(whole, run(name, modules, written(tape, name))[0])
 
 
 @ROW
@@ -100,7 +106,7 @@ def test_gradients_are_those_of_the_whole_graph_with_the_branch_detached(
     name: str, tape: str, modules: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, found = run(name, modules, written(TAPES[tape], name))
-    own = name.rsplit("-", 1)[1]
+    own = own_of(name)
     blocks = modules[own].model.blocks
     if modules[own].model is modules["base"].model:  # the frozen passes of the same weights drop nothing
         model = copy.deepcopy(modules[own].model)

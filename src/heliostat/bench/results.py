@@ -46,7 +46,7 @@ def search(task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **ite
         r=method.r,
         dropbp=method.dropbp,
         dropbp_rates=method.dropbp_rates,
-        **items,  # type: ignore[arg-type]
+        **items,
     )
     return [replace(found, learning_rate=rate) for rate in method.rates]
 

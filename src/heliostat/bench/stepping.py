@@ -312,7 +312,7 @@ def _peft(model: Transformer, tuner: str, r: int) -> dict[str, nn.Parameter]:
     if tuner == PEFT_PACA:
         if not has_peft_paca():
             raise Refused(f"{tuner}: PEFT {peft.__version__} has no PaCA")
-        config = peft.PacaConfig(**options)
+        config = getattr(peft, "PacaConfig")(**options)  # noqa: B009 - in newer versions only
     else:
         config = peft.LoraConfig(lora_alpha=2 * r, use_dora=tuner == PEFT_DORA, **options)
     peft.inject_adapter_in_model(config, model)

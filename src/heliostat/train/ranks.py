@@ -104,8 +104,8 @@ class Ranks:
 
         done: dict[int, nn.Parameter] = {}
         for model in models:
-            for module in [m for m in model.modules() if isinstance(m, FSDPModule)]:
-                module.reshard()
+            for parted_one in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+                parted_one.reshard()
             for module in model.modules():
                 for leaf, parameter in list(module.named_parameters(recurse=False)):
                     if id(parameter) not in done:
@@ -140,7 +140,8 @@ def parted(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be parted, as one; every process must ask for it."""
-    return tensor.full_tensor() if parted(tensor) else tensor  # type: ignore[operator]
+    made: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return made
 
 
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:

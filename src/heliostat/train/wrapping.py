@@ -84,7 +84,7 @@ class Wrapped:
 
         wrapped = self
 
-        class Steps(TrainerCallback):  # type: ignore[misc]
+        class Steps(TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 wrapped.begin(state.global_step, state.max_steps)
 
@@ -107,7 +107,7 @@ class Wrapped:
             with torch.no_grad():
                 return inner(*args, **kwargs)
 
-        body.forward = forward  # type: ignore[method-assign]
+        body.forward = forward
 
     def _draw(self) -> tuple[bool, ...]:
         return draw(self.branches, self.rates, seed=self.seed, step=self.step)

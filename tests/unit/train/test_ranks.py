@@ -146,7 +146,7 @@ def test_an_interrupted_run_of_two_goes_on_from_one_whole_checkpoint(
         assert done.returncode == 0, done.stderr[-2000:]
     broken = values(bare_family, tiny_data, "broken", 2, **options)
     # The first one dies in its third step; the other one waits in vain and is ended by the death of the connection.
-    done = run(2, bare_family, [{**broken, "stop": 3}])
+    ended = run(2, bare_family, [{**broken, "stop": 3}])
     folder = bare_family / RUNS / "broken"
     (*_, newest) = checkpoint.checkpoints(folder)
     assert newest.name.endswith("2") and not list(folder.glob("*.partial*"))
@@ -159,7 +159,7 @@ def test_an_interrupted_run_of_two_goes_on_from_one_whole_checkpoint(
         assert done_again.returncode == 0, done_again.stderr[-2000:]
     wanted, found = weights(bare_family, "straight"), weights(bare_family, "broken")
     assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
-    assert len(done) == 2
+    assert len(ended) == 2
 
 
 def test_one_process_is_no_special_case() -> None:
@@ -182,7 +182,12 @@ def test_a_wrong_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_forecast_is_of_one_process(bare_family: Path, tiny_data: Path) -> None:
-    facts = {"family": str(bare_family), "member": "m", "sharing": "sun", "data": str(tiny_data)}
+    facts: dict[str, Any] = {
+        "family": str(bare_family),
+        "member": "m",
+        "sharing": "sun",
+        "data": str(tiny_data),
+    }
     recipe = Recipe(**facts, max_length=128, bf16=False)
     one, two = forecast(recipe), forecast(recipe, processes=2)
     assert two.optimizer == one.optimizer // 2 and two.trainable == one.trainable

@@ -106,7 +106,7 @@ def test_computing_activations_again_says_the_same() -> None:
 def test_a_model_without_known_branches_is_refused_by_name() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 64,
