@@ -52,8 +52,9 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## a training step beside its cost model; the engine beside transformers, and vLLM and OpenVINO where they are
+bench: $(STAMP)  ## training steps beside their cost model, tuners side by side; the engine beside others that are installed
 	$(BIN)/python -m heliostat.bench.step_time
+	$(BIN)/heliostat bench train --out docs/results
 	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
 
 vllm-env: .venv-vllm/.stamp  ## .venv-vllm: vLLM for CPUs, in an environment of its own
@@ -64,10 +65,11 @@ openvino-env: .venv-openvino/.stamp  ## .venv-openvino: OpenVINO GenAI, in an en
 	$(PYTHON) scripts/peer_env.py $* .venv-$*
 	@touch $@
 
-bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, decoding, attention, prefill; writes docs/results/gpu.md
+bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, decoding, attention, prefill, tuners on an 8B shape
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m heliostat.bench.gpu
+	$(BIN)/heliostat bench train --device cuda --tuners lora,paca --hidden-size 4096 --layers 32 --vocabulary 128256 --batch 1 --length 2048 --spoken 512 --r 32 --no-peft --loss-steps 0 --budget-mib 81920 --out out/bench-gpu
 
 base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one core
 	$(BIN)/heliostat pretrain recipes/base.yaml
@@ -75,6 +77,7 @@ base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one c
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
 	$(BIN)/python -m heliostat.bench.results --readme README.md
 	$(BIN)/python -m heliostat.bench.reach
+	$(BIN)/python -m heliostat.bench.tuners
 
 docs: $(STAMP)  ## every command, verb and link that the pages name exists
 	$(BIN)/python -m pytest -q tests/house/test_readme.py

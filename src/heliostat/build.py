@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Module
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import adapter_file, adapter_parameters, digest_adapter, load_adapter
-from heliostat.linear.lora import Route, adapter_of, remove_adapter, whole
+from heliostat.linear.lora import Route, parts_of, remove_adapter, whole
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.transformer import Transformer
+from heliostat.model.transformer import Attend, Tape, Transformer
 from heliostat.model.weights import (
     DIGEST,
     checkpoint_facts,
@@ -42,6 +43,12 @@ class Loaded:
     weights: str
     model: Transformer
     adapter: str | None = None
+    tape: Tape | None = None
+    """Which of its branches carry gradient; None: all."""
+
+    def run(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states of a pass that runs this module alone (see ``Transformer.forward``)."""
+        return self.model(ids, positions, attend, self.route, self.tape)
 
     @property
     def route(self) -> Route:
@@ -229,7 +236,7 @@ def load_modules(
             models[module.weights] = load_transformer(path, read_config(path), dtype=dtype, device=device)
         model = models[module.weights]
         if module.base is not None:
-            if adapter_of(model, name):  # of weights in memory already: somebody may be using it
+            if parts_of(model, name):  # of weights in memory already: somebody may be using it
                 raise Refused(f"module {name!r} is loaded already: unload it first")
             load_adapter(module_folder(folder, module), model, name)
         loaded[name] = Loaded(name, module.digest, module.weights, model, name if module.base else None)

@@ -29,7 +29,14 @@ from heliostat.build import (
 from heliostat.errors import Refused
 from heliostat.family import PARTS, SHARINGS, Family, Member, Row, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.linear.adapter import CONFIG, adapter_file, is_adapter
+from heliostat.linear.adapter import (
+    CONFIG,
+    adapter_file,
+    columns_as_lora,
+    is_adapter,
+    is_columns,
+    read_adapter,
+)
 from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import INDEX, weight_files
@@ -68,7 +75,7 @@ def export_member(folder: Path, member: str, out: Path) -> Path:
     own = family.module(others[0])
     facts = _facts(folder, family, member, own.name)
     with atomic_directory(out) as partial:
-        _copy_weights(module_folder(folder, own), partial)
+        _write_weights(folder, module_folder(folder, own), partial)
         _copy_matching(folder / BASE, partial, TOKENIZER if own.base is None else ())
         _copy_matching(folder / BASE, partial, LICENCES)
         atomic_write_text(partial / FACTS, json.dumps(facts, indent=2) + "\n")
@@ -76,6 +83,15 @@ def export_member(folder: Path, member: str, out: Path) -> Path:
         script = resources.files("heliostat") / "assets" / "reproduce.py"
         atomic_write_text(partial / "reproduce.py", script.read_text(encoding="utf-8"))
     return out
+
+
+def _write_weights(folder: Path, source: Path, target: Path) -> None:
+    """The module's files as others read them: tuned columns go out as the LoRA that they are."""
+    if not is_adapter(source) or not is_columns(source):
+        return _copy_weights(source, target)
+    linears = read_config(folder / BASE).linears
+    inputs = {path: linears[path.rsplit(".", 1)[-1]][0] for path in read_adapter(source)}
+    return columns_as_lora(source, target, inputs)
 
 
 def _copy_weights(source: Path, target: Path) -> None:

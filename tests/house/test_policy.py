@@ -29,6 +29,7 @@ POLICY = (
     "heliostat.bench.traces",
     "heliostat.bench.workloads",
     "heliostat.engine.fixed",
+    "heliostat.train.droprates",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

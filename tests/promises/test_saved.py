@@ -37,7 +37,7 @@ PROMPTS = [f"add {a} and {b}" for a in range(3) for b in range(2)]
 TUNED = [
     (sharing, tuner)
     for sharing in ("independent", "sun", "prefillshare", "icarus")
-    for tuner in ("full", "lora")
+    for tuner in ("full", "lora", "paca")
 ]
 
 
@@ -165,9 +165,10 @@ def test_the_own_half_moves_and_the_base_does_not(
     family = read_family(bare_family)
     own = dict(read_tensors([next((bare_family / family.module("m.own").path).glob("*.safetensors"))]))
     still = ("k_proj", "v_proj") if sharing == "icarus" else ()
-    if tuner == "lora":
+    if tuner != "full":
         assert not any(part in name for name in own for part in still)
-        moved = {name: bool(t.abs().max() > 0) for name, t in own.items() if "lora_B" in name}
+        starts_at_zero = {"lora": "lora_B", "paca": "paca_delta"}[tuner]
+        moved = {name: bool(t.abs().max() > 0) for name, t in own.items() if starts_at_zero in name}
         silent = (
             ()
             if sharing != "sun"
@@ -262,13 +263,16 @@ KILLED_WHILE_SAVING = """
     [
         (KILLED_WHILE_TUNING, random.Random(11).randrange(3, 12), "sun", "full"),
         (KILLED_WHILE_SAVING, random.Random(12).randrange(3, 9), "icarus", "lora"),
+        (KILLED_WHILE_TUNING, random.Random(13).randrange(3, 12), "independent", "paca"),
     ],
-    ids=["in a step", "in a checkpoint"],
+    ids=["in a step", "in a checkpoint", "with columns in the weights"],
 )
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(
     script: str, when: int, sharing: str, tuner: str, bare_family: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    options = {"max_steps": 12, "save_steps": 2, "logging_steps": 1}
+    options: dict[str, object] = {"max_steps": 12, "save_steps": 2, "logging_steps": 1}
+    if tuner == "paca":
+        options["columns"] = "gradient"
     other = Path(shutil.copytree(bare_family, tmp_path / "undisturbed"))
     recipe = recipe_of(bare_family, tiny_data, sharing, tuner, **options)
     ended = run_python(script, recipe.model_dump_json(), when)

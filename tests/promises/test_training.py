@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from heliostat.build import Loaded
 from heliostat.family import Row
-from heliostat.linear.lora import adapter_of
+from heliostat.linear.lora import parts_of
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.transformer import Block, Transformer
+from heliostat.model.transformer import Attention, Transformer
 from heliostat.train.data import Example
 from heliostat.train.objective import MemberMicro
 from heliostat.train.sharing import _prompt_pass, lay_out, log_probabilities, speak
@@ -96,7 +96,7 @@ def learning(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """The parameters of one module, with gradients on; all is as before at the end."""
     module = modules[own]
-    parts = adapter_of(module.model, own) if module.adapter else {"": module.model}
+    parts = parts_of(module.model, own) if module.adapter else {"": module.model}
     found = {f"{path}.{n}": p for path, part in parts.items() for n, p in part.named_parameters()}
     models = {id(m.model): m.model for m in modules.values()}.values()
     for parameter in found.values():
@@ -143,17 +143,17 @@ def test_activations_are_really_computed_again(
     modules: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: Counter[str] = Counter()
-    forward = Block.forward
+    forward = Attention.forward
 
     def counting(self, *arguments):
-        calls["blocks"] += 1
+        calls["attention"] += 1
         return forward(self, *arguments)
 
-    monkeypatch.setattr(Block, "forward", counting)
+    monkeypatch.setattr(Attention, "forward", counting)
     for again, count in ((False, 4), (True, 8)):
         calls.clear()
         gradients(EXAMPLES["one turn"], ROWS["sun-a"], modules, "a", again=again)
-        assert calls["blocks"] == count
+        assert calls["attention"] == count
 
 
 @ROW
@@ -262,10 +262,10 @@ def test_training_runs_no_token_through_a_module_that_the_row_does_not_ask_for(
     weights = {id(m.model): m.weights for m in modules.values()}
     forward = Transformer.forward
 
-    def counting(self, ids, positions, attend, route=None):
+    def counting(self, ids, positions, attend, route=None, tape=None):
         ((adapter, _, _),) = route
         seen[names[weights[id(self)], adapter]] += ids.numel()
-        return forward(self, ids, positions, attend, route)
+        return forward(self, ids, positions, attend, route, tape)
 
     monkeypatch.setattr(Transformer, "forward", counting)
     layout = lay_out([example(*parts)], row)

@@ -19,7 +19,10 @@ from heliostat.engine.batch import passes_of
 from heliostat.engine.engine import Engine
 from heliostat.engine.request import Request, Sampling
 from heliostat.family import SHARINGS, Row
-from heliostat.linear.lora import adapter_of, add_adapter
+from heliostat.linear.choice import add_columns
+from heliostat.linear.columns import Columns
+from heliostat.linear.lora import adapter_of, add_adapter, parts_of
+from heliostat.linear.paca import columns_of
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import state_of
@@ -28,7 +31,7 @@ CLOSE = 1e-4
 """Top two logits of the reference nearer than this are a tie: either token may win."""
 PAGE = 4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FULL, LORA = ("a", "b", "c"), ("la", "lb")
+FULL, LORA, COLUMNS = ("a", "b", "c"), ("la", "lb"), "ca"
 
 
 def _rows() -> dict[str, Row]:
@@ -38,6 +41,9 @@ def _rows() -> dict[str, Row]:
         "three-full-first": Row("a", "b", "c", "a"),
         "three-mixed": Row("la", "base", "lb", "lb"),
         "three-lora": Row("la", "lb", "base", "la"),
+        "sun-columns": Row("ca", "base", "base", "ca"),
+        "icarus-columns": Row("base", "base", "ca", "ca"),
+        "lora-and-columns": Row("la", "la", "ca", "ca"),
         "writer-speaks": Row("a", "lb", "a", "a"),
         "late-speaker": Row("base", "base", "b", "base"),
         "base-speaks": Row("a", "a", "base", "base"),  # where icarus-a has a speak for base
@@ -49,7 +55,7 @@ ROWS = _rows()
 
 
 def toy_modules(model: Transformer, *, dtype: torch.dtype = torch.float32) -> dict[str, Loaded]:
-    """base, three full modules and two adapters on the base, all different."""
+    """base, three full modules, and on the base two low-rank adapters and one of columns, all different."""
     base = copy.deepcopy(model).to(dtype)
     modules = {"base": Loaded("base", "digest of base", "base", base)}
     for seed, name in enumerate(FULL, start=1):
@@ -58,6 +64,8 @@ def toy_modules(model: Transformer, *, dtype: torch.dtype = torch.float32) -> di
     for seed, name in enumerate(LORA, start=11):
         adapt(base, name, seed)
         modules[name] = Loaded(name, f"digest of {name}", "base", base, name)
+    tune_columns(base, COLUMNS, seed=21)
+    modules[COLUMNS] = Loaded(COLUMNS, f"digest of {COLUMNS}", "base", base, COLUMNS)
     return modules
 
 
@@ -79,6 +87,15 @@ def adapt(model: Transformer, name: str, seed: int) -> None:
         part.requires_grad_(False)
 
 
+def tune_columns(model: Transformer, name: str, seed: int) -> None:
+    """Put columns on the model, tuned by chance."""
+    chance = torch.Generator().manual_seed(seed)
+    add_columns(model, name, r=8, targets=TARGETS, seed=seed)
+    for part in columns_of(model, name).values():
+        part.delta.data = (0.2 * torch.randn(part.delta.shape, generator=chance)).to(model.dtype)
+        part.requires_grad_(False)
+
+
 # --- the reference -------------------------------------------------------------------------------------------
 
 Cache = list[tuple[Tensor, Tensor]]  # by layer: keys and values [positions, K, D]
@@ -89,9 +106,14 @@ class Plain:
 
     def __init__(self, module: Loaded) -> None:
         self.config = module.model.config
-        state = {name: tensor.float() for name, tensor in state_of(module.model).items()}
-        for path, part in adapter_of(module.model, module.adapter or "").items():
-            state[f"{path}.weight"] = state[f"{path}.weight"] + part.scale * part.b.float() @ part.a.float()
+        state = {name: tensor.float().clone() for name, tensor in state_of(module.model).items()}
+        for path, part in parts_of(module.model, module.adapter or "").items():
+            weight = state[f"{path}.weight"]
+            if isinstance(part, Columns):
+                weight[:, part.columns.tolist()] += part.delta.float()
+            else:
+                weight = weight + part.scale * part.b.float() @ part.a.float()
+            state[f"{path}.weight"] = weight
         self.state = state
 
     def run(

@@ -182,6 +182,7 @@ def test_the_script_beside_a_member_says_what_the_member_says(
         "plan": ("icarus", "lora"),
         "wide": ("icarus", "full"),
         "thin": ("sun", "lora"),
+        "cols": ("prefillshare", "paca"),
     }
     for member, (sharing, tuner) in members.items():
         train(family, tiny_data, member, sharing, tuner)

@@ -1,8 +1,8 @@
-"""The ways of tuning that are compared: one table for the demo and for the accuracy table."""
+"""The ways of tuning that are compared: one table for the demo and the accuracy of sharings, one for that of tuners."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 RANK = 16
 
@@ -20,11 +20,14 @@ class Method:
     """The one learning rate of the demo: the best of them on `tools`."""
     against: str
     """The method its accuracy is compared with, on the same items and seeds."""
+    r: int = RANK
+    dropbp: float = 0.0
+    dropbp_rates: str = "sensitivity"
 
     @property
     def label(self) -> str:
         """The name, with the rank where there is one."""
-        return f"{self.name}, r {RANK}" if self.tuner == "lora" else self.name
+        return f"{self.name}, r {self.r}" if self.tuner != "full" else self.name
 
 
 METHODS = (
@@ -34,3 +37,24 @@ METHODS = (
     Method("LoRA", "independent", "lora", (3e-3, 6e-3, 1.2e-2), 6e-3, "LoRA"),
     Method("ICaRus", "icarus", "lora", (3e-3, 6e-3, 1.2e-2), 6e-3, "LoRA"),
 )
+
+LORA_RATES = (3e-3, 6e-3, 1.2e-2)
+PACA_RATES = (5e-3, 1e-2, 2e-2)
+WIDE = 2 * RANK
+"""Tuned columns have one matrix where low-rank adapters have two: so many hold about as many parameters."""
+
+_LORA = Method("LoRA", "independent", "lora", LORA_RATES, 6e-3, "LoRA")
+TUNED = (
+    _LORA,
+    Method("PaCA, equal rank", "independent", "paca", PACA_RATES, 5e-3, "LoRA"),
+    Method("PaCA", "independent", "paca", PACA_RATES, 5e-3, "LoRA", r=WIDE),
+    Method("SUN, LoRA", "sun", "lora", LORA_RATES, 6e-3, "SUN, LoRA"),
+    Method("SUN, PaCA", "sun", "paca", PACA_RATES, 5e-3, "SUN, LoRA", r=WIDE),
+    Method("PrefillShare, LoRA", "prefillshare", "lora", LORA_RATES, 6e-3, "PrefillShare, LoRA"),
+    Method("PrefillShare, PaCA", "prefillshare", "paca", PACA_RATES, 5e-3, "PrefillShare, LoRA", r=WIDE),
+    replace(_LORA, name="LoRA, DropBP 0.5", dropbp=0.5),
+    replace(_LORA, name="LoRA, DropBP 0.5 uniform", dropbp=0.5, dropbp_rates="uniform"),
+    replace(_LORA, name="LoRA, DropBP 0.875", dropbp=0.875),
+    replace(_LORA, name="LoRA, DropBP 0.875 uniform", dropbp=0.875, dropbp_rates="uniform"),
+)
+"""Tuners, sharings with adapters, and dropped branches; each against what it would replace."""

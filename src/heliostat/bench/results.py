@@ -12,8 +12,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,19 @@ BOOTSTRAPS = 2_000
 CONTROLS = {"control: SUN's writer": "sun", "control: PrefillShare's speaker": "prefillshare"}
 
 
-def search(task: str, method: Method, steps: int) -> list[Trial]:
-    """The learning-rate trials of one method."""
+def search(task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **items: int) -> list[Trial]:
+    """The learning-rate trials of one method; ``items``: Trial's numbers of items, where they are not its own."""
     found = Trial(
-        task=task, sharing=method.sharing, tuner=method.tuner, learning_rate=0.0, seed=SEEDS[0], steps=steps
+        task=task,
+        sharing=method.sharing,
+        tuner=method.tuner,
+        learning_rate=0.0,
+        seed=seed,
+        steps=steps,
+        r=method.r,
+        dropbp=method.dropbp,
+        dropbp_rates=method.dropbp_rates,
+        **items,
     )
     return [replace(found, learning_rate=rate) for rate in method.rates]
 
@@ -75,8 +84,8 @@ def run_all(
 
 def _start(folder: Path, trial: Trial, half: str | None) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "heliostat.bench.trial", "--folder", str(folder)]
-    for name in ("task", "sharing", "tuner", "learning_rate", "seed", "steps", "r"):
-        words += [f"--{name.replace('_', '-')}", str(getattr(trial, name))]
+    for name, value in asdict(trial).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--as", half] if half else []
     log = folder / "logs" / f"{kept_at(folder, trial, half).stem}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -88,17 +97,10 @@ def measure(
     folder: Path, tasks: Sequence[str], *, steps: int, workers: int, console: Console
 ) -> dict[str, Any]:
     """Everything, for the tasks; returns the table."""
-    ensure_family(folder)
-    for task in tasks:
-        for seed in SEEDS:  # written once, before several processes want them
-            write_data(replace(search(task, METHODS[0], steps)[0], seed=seed), folder)
     tables = {}
-    for task in tasks:  # one after the other, so that what is done is whole
-        tried = [t for m in METHODS for t in search(task, m, steps)]
-        run_all(folder, tried, workers=workers, console=console)
-        chosen = {m.name: best(folder, search(task, m, steps)) for m in METHODS}
-        seeds = [replace(trial, seed=seed) for trial in chosen.values() for seed in SEEDS]
-        run_all(folder, seeds, workers=workers, console=console)
+    for task, chosen in choose_and_repeat(
+        folder, tasks, METHODS, steps=steps, workers=workers, console=console
+    ):
         full = chosen[METHODS[0].name]
         for sharing in CONTROLS.values():
             ordinary = [replace(full, seed=seed) for seed in SEEDS]
@@ -109,29 +111,60 @@ def measure(
     return tables
 
 
+def choose_and_repeat(
+    folder: Path,
+    tasks: Sequence[str],
+    methods: Sequence[Method],
+    *,
+    steps: int,
+    workers: int,
+    console: Console,
+    **items: int,
+) -> Iterator[tuple[str, dict[str, Trial]]]:
+    """Run what is missing, one task after the other, so that what is done is whole: (task, the trial chosen by method)."""
+    ensure_family(folder)
+    for task in tasks:
+        for seed in SEEDS:  # written once, before several processes want them
+            write_data(replace(search(task, methods[0], steps, **items)[0], seed=seed), folder)
+    for task in tasks:
+        tried = [t for m in methods for t in search(task, m, steps, **items)]
+        run_all(folder, tried, workers=workers, console=console)
+        chosen = {m.name: best(folder, search(task, m, steps, **items)) for m in methods}
+        seeds = [replace(trial, seed=seed) for trial in chosen.values() for seed in SEEDS]
+        run_all(folder, seeds, workers=workers, console=console)
+        yield task, chosen
+
+
+def method_rows(folder: Path, chosen: Mapping[str, Trial], methods: Sequence[Method]) -> dict[str, Any]:
+    """The methods' lines of one task's table, each beside the method it is compared with."""
+    found = {
+        name: [_kept(folder, replace(trial, seed=seed)) for seed in SEEDS] for name, trial in chosen.items()
+    }
+    verdicts = {name: [one["verdicts"] for one in kept] for name, kept in found.items()}
+    table = {}
+    for method in methods:
+        trial = chosen[method.name]
+        rates = [replace(trial, learning_rate=rate, seed=SEEDS[0]) for rate in method.rates]
+        table[method.name] = {
+            "learning_rate": trial.learning_rate,
+            "tried": {f"{t.learning_rate:g}": _kept(folder, t)["validation"] for t in rates},
+            "seeds": [one["test"] for one in found[method.name]],
+            "seconds": [one["seconds"] for one in found[method.name]],
+            "history": found[method.name][0]["history"],
+        }
+        table[method.name] |= _against(verdicts[method.name], verdicts[method.against], method)
+    return table
+
+
 def _task_table(folder: Path, task: str, chosen: Mapping[str, Trial]) -> dict[str, Any]:
     full = chosen[METHODS[0].name]
     table: dict[str, Any] = {"base, untuned": {"seeds": [base_alone(full, folder)["test"]]}}
-    verdicts: dict[str, list[str]] = {}
-    for method in METHODS:
-        trial = chosen[method.name]
-        found = [_kept(folder, replace(trial, seed=seed)) for seed in SEEDS]
-        verdicts[method.name] = [one["verdicts"] for one in found]
-        table[method.name] = {
-            "learning_rate": trial.learning_rate,
-            "tried": {
-                f"{t.learning_rate:g}": _kept(folder, t)["validation"]
-                for t in search(task, method, trial.steps)
-            },
-            "seeds": [one["test"] for one in found],
-            "seconds": [one["seconds"] for one in found],
-            "history": found[0]["history"],
-        }
-        table[method.name] |= _against(verdicts[method.name], verdicts[method.against], method)
+    table |= method_rows(folder, chosen, METHODS)
+    ordinary = [_kept(folder, replace(full, seed=seed))["verdicts"] for seed in SEEDS]
     for name, sharing in CONTROLS.items():
         found = [as_half(replace(full, seed=seed), sharing, folder) for seed in SEEDS]
         table[name] = {"seeds": [one["test"] for one in found]}
-        table[name] |= _against([one["verdicts"] for one in found], verdicts[METHODS[0].name], METHODS[1])
+        table[name] |= _against([one["verdicts"] for one in found], ordinary, METHODS[1])
     return table
 
 

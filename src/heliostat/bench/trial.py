@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Trial:
     steps: int
     batch: int = 32
     r: int = RANK
+    dropbp: float = 0.0
+    dropbp_rates: str = "sensitivity"
     train_items: int = 10_000
     test_items: int = 1_000
     validation_items: int = 300
@@ -47,8 +49,9 @@ class Trial:
     def name(self) -> str:
         """Name of the member it makes."""
         rate = f"{self.learning_rate:g}"
-        rank = f"-r{self.r}" if self.tuner == "lora" and self.r != RANK else ""
-        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}"
+        rank = f"-r{self.r}" if self.tuner != "full" and self.r != RANK else ""
+        dropped = f"-dropbp{self.dropbp:g}-{self.dropbp_rates}" if self.dropbp else ""
+        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}{dropped}"
 
 
 def run(
@@ -95,8 +98,10 @@ def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
         "per_device_train_batch_size": trial.batch,
         "max_length": 256,
         "seed": trial.seed,
+        "dropbp": trial.dropbp,
+        "dropbp_rates": trial.dropbp_rates,
     }
-    return make_recipe(Recipe, values | ({"r": trial.r} if trial.tuner == "lora" else {}))
+    return make_recipe(Recipe, values | ({"r": trial.r} if trial.tuner != "full" else {}))
 
 
 def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
@@ -199,7 +204,17 @@ def main() -> None:
         ("steps", int),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
-    parser.add_argument("--r", type=int, default=RANK, help="rank of an adapter")
+    parser.add_argument("--dropbp-rates", default="sensitivity")
+    usual = {field.name: field.default for field in fields(Trial)}
+    for name, kind in (
+        ("r", int),
+        ("dropbp", float),
+        ("batch", int),
+        ("train-items", int),
+        ("test-items", int),
+        ("validation-items", int),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=usual[name.replace("-", "_")])
     parser.add_argument(
         "--as", dest="half", help="judge the tuned module untrained in this sharing's row; base: the base"
     )

@@ -1,4 +1,4 @@
-"""``heliostat bench``: measure a server that runs, with several members over one growing context, or with a trace."""
+"""``heliostat bench client`` and ``replay``: measure a server that runs, with members over one context or with a trace."""
 
 from __future__ import annotations
 
@@ -25,10 +25,6 @@ from heliostat.errors import Refused
 if TYPE_CHECKING:
     from heliostat.bench.measure import Job, Planned
     from heliostat.bench.records import Record, Run
-
-bench = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Measure a server under load."
-)
 
 Url = Annotated[
     str, typer.Option(help="Of any OpenAI server, with /v1: http://127.0.0.1:8000/v1", show_default=False)
@@ -69,13 +65,12 @@ Out = Annotated[
 ]
 
 
-@bench.command("client")
 @taking(
     options_of(Load, without=("members", "rate", "lengths", "popularity")),
     options_of(Lengths),
     options_of(Limits),
 )
-def _client(
+def client(
     url: Url,
     members: Members = "",
     rate: Rates = "1",
@@ -109,9 +104,8 @@ def _client(
     asked.measure(load.members, runs(), told, as_json=as_json)
 
 
-@bench.command("replay")
 @taking(options_of(Replay, without=("members", "speed", "popularity")), options_of(Limits))
-def _replay(
+def replay(
     url: Url,
     trace: Annotated[Path, typer.Option(help="Mooncake's jsonl, or Azure's LLM csv.", show_default=False)],
     members: Members = "",

@@ -48,7 +48,9 @@ COMMANDS: Mapping[str, Command] = {
     "check": Command(
         "inspecting", "check", "Check that files are whole and that serving does as training did.", LOOK
     ),
-    "bench": Command("measuring", "bench", "Measure a server under load.", LOOK),
+    "bench": Command(
+        "benching", "bench", "Measure training here, or a server under load, side by side.", LOOK
+    ),
     "plan": Command("planning", "plan", "Say from logs whether sharing would be worth it.", LOOK),
     "demo": Command("showing", "demo", "Tune one task in every way of sharing, and compare.", SHOW),
 }

@@ -12,8 +12,10 @@ import typer
 from heliostat.cli.failing import stop
 from heliostat.cli.options import fields_of, given, recipe_options, taking
 from heliostat.cli.printing import Json, note, percent, print_json, print_next, print_samples, print_table
+from heliostat.cli.together import start, started
 from heliostat.errors import Refused
-from heliostat.train.recipe import Pace, PretrainRecipe, Recipe
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import Pace, Recipe
 from heliostat.train.spellings import make_recipe, read_values
 
 if TYPE_CHECKING:
@@ -36,14 +38,31 @@ RecipeFile = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say parameters, memory and time, and train nothing.")
 ]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        help="Train in so many processes on this machine, each with a batch of its own (see --data-parallel); "
+        "over several machines: torchrun.",
+    ),
+]
 
 
 @taking(recipe_options(Recipe))
-def train(target: Target = None, dry_run: DryRun = False, as_json: Json = False, **flags: Any) -> None:
+def train(
+    target: Target = None,
+    dry_run: DryRun = False,
+    processes: Processes = 1,
+    as_json: Json = False,
+    **flags: Any,
+) -> None:
     """Interrupted or killed, the same command goes on. Recipe, log and loss curve lie in FAM/runs/MEMBER."""
     recipe = recipe_of(Recipe, target, given(flags), folder="family")
     if dry_run:
-        return _forecast(recipe, as_json=as_json)
+        return _forecast(recipe, max(processes, started()), as_json=as_json)
+    if processes != 1 and started() == 1:
+        raise typer.Exit(start(processes))
+    from heliostat.train import ranks
     from heliostat.train.loop import Interrupted
     from heliostat.train.tune import tune
     from heliostat.train.watch import Bar
@@ -54,10 +73,15 @@ def train(target: Target = None, dry_run: DryRun = False, as_json: Json = False,
             Bar(job.steps, what=job.recipe.member, as_json=as_json, every=job.recipe.logging_steps),
         )[1]
     )
+    recipe, together = ranks.joined(recipe)
     try:
-        outcome = tune(recipe, watching=onlooker, echo=note)
+        outcome = tune(recipe, watching=onlooker, echo=note, ranks=together)
     except Interrupted as error:
         stop(f"{error}; the same command goes on from there")
+    finally:
+        ranks.left()
+    if not together.first:
+        return
     try:
         facts = _facts(recipe, outcome, onlooker)
     except KeyboardInterrupt:
@@ -140,10 +164,10 @@ class Onlooker:
         return {"seconds": round(self.seconds, 2), "tokens_per_second": round(speed, 1)}
 
 
-def _forecast(recipe: Recipe, *, as_json: bool) -> None:
+def _forecast(recipe: Recipe, processes: int, *, as_json: bool) -> None:
     from heliostat.train.forecast import forecast
 
-    found = forecast(recipe)
+    found = forecast(recipe, processes=processes)
     if as_json:
         return print_json(found.to_json())
     print_table(found.rows(), title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner} (nothing is trained)")

@@ -15,7 +15,7 @@ from heliostat.build import config_of, module_folder
 from heliostat.engine.paged import PagePool
 from heliostat.errors import Refused
 from heliostat.family import Family
-from heliostat.linear.adapter import adapter_file
+from heliostat.linear.adapter import adapter_bytes
 from heliostat.model.config import ModelConfig
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import read_shapes, weight_files
@@ -112,8 +112,7 @@ def weights_of(
     riding = [module for module in found if module.base is not None and module.name not in there]
     lines = [(f"weights of {name}", _size(_shapes_of(folder, family, name), dtype)) for name in whole]
     for module in riding:
-        shapes = read_shapes([adapter_file(module_folder(folder, module))])
-        lines.append((f"adapter {module.name}", _size(dict(shapes), dtype)))
+        lines.append((f"adapter {module.name}", adapter_bytes(module_folder(folder, module), dtype)))
     return Ledger(tuple(lines))
 
 

@@ -29,6 +29,9 @@ class Joined:
 
     def __call__(self, parent: nn.Module, x: Tensor, route: Route | None) -> Tensor:
         """x [..., in] -> [..., sum of out]; ``parent`` is the module whose children were joined."""
+        for name in self.names:
+            if isinstance(part := getattr(parent, name), AdaptedLinear):
+                part.make_ready()
         y, start = linear(x, self.weight, self.bias), 0
         for name, size in zip(self.names, self.sizes, strict=True):
             part, own = getattr(parent, name), slice(start, start := start + size)

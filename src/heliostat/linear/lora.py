@@ -1,6 +1,7 @@
-"""Low-rank adapters as a way to be a Linear: several of them on one weight, chosen row by row in one pass.
+"""Adapters as a way to be a Linear: several of them on one weight, chosen row by row in one pass; low-rank ones.
 
-The format on disk is PEFT's (``adapter_config.json``, ``adapter_model.safetensors``); see ``linear.adapter``.
+The other kind are tuned columns (``linear.columns``). The format on disk is PEFT's (``adapter_config.json``,
+``adapter_model.safetensors``); see ``linear.adapter``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from heliostat.errors import Refused
+from heliostat.linear.columns import Columns
 from heliostat.ops.linear import linear
 
 # Which adapter acts on which rows of the first dimension: (adapter or None, start, stop); None: all rows, none.
@@ -43,29 +46,85 @@ class LowRank(nn.Module):
             nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
         )
 
+    def through(self, inner: nn.Module, x: Tensor) -> Tensor:
+        """The adapted Linear: x [..., in] -> [..., out]."""
+        return inner(x) + self(x)
+
+
+Part = LowRank | Columns
+"""What an adapter is on one Linear."""
+
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear with named adapters beside it; a row without a route is the Linear alone."""
+    """A frozen Linear with named adapters beside it; a row without a route is the Linear alone.
+
+    Called without any route at all, as models that know none do, it wears the adapter called ``worn``.
+    """
 
     def __init__(self, inner: nn.Linear) -> None:
         super().__init__()
         self.inner = inner
         self.adapters = nn.ModuleDict()
+        self.worn: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen Linear's weight [out, in]; tuned columns stand in it where they are resident."""
+        return self.inner.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen Linear's bias [out]."""
+        return self.inner.bias
+
+    def part(self, name: str | None) -> Part | None:
+        """The adapter of that name; None where it does not sit here."""
+        key = _key(name) if name is not None else ""
+        if key not in self.adapters:
+            return None
+        part = self.adapters[key]
+        assert isinstance(part, LowRank | Columns)
+        return part
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]; ``route`` speaks of x's first dimension."""
+        if route is None:
+            route = whole(self.worn)
+        if len(route) == 1 and route[0][1:] == (0, None):
+            part = self.part(route[0][0])
+            self._refuse_others(part)
+            return self.inner(x) if part is None else part.through(self.inner, x)
+        self.make_ready()
         return self.adapted(self.inner(x), x, route)
+
+    def make_ready(self) -> None:
+        """Before the frozen Linear is multiplied by: columns that stand in its weight are as they were tuned last."""
+        if (resident := self._resident()) is not None:
+            resident.refresh(self.inner)
 
     def adapted(self, y: Tensor, x: Tensor, route: Route | None) -> Tensor:
         """What the adapters make of y [..., out], the Linear's product with x [..., in]; y may be changed."""
         for adapter, start, stop in route or ():
-            if adapter is None or _key(adapter) not in self.adapters:
+            part = self.part(adapter)
+            self._refuse_others(part)
+            if part is None or part is self._resident():
                 continue
-            delta = self.adapters[_key(adapter)]
             if start == 0 and stop is None:
-                return y + delta(x)
-            y[start:stop] += delta(x[start:stop])
+                return y + part(x)
+            y[start:stop] += part(x[start:stop])
         return y
+
+    def _resident(self) -> Columns | None:
+        """The adapter whose columns stand in the weight."""
+        return next((p for p in self.adapters.values() if isinstance(p, Columns) and p.resident), None)
+
+    def _refuse_others(self, part: Part | None) -> None:
+        """While columns are resident, the weight is theirs alone."""
+        resident = self._resident()
+        if resident is not None and resident is not part:
+            raise Refused(
+                "tuned columns stand in this weight, so nothing else can run on it: lift them first"
+            )
 
 
 class Linear(nn.Linear):
@@ -94,35 +153,54 @@ def add_adapter(model: nn.Module, name: str, *, r: int, alpha: float, targets: I
 
 
 def put_adapter(model: nn.Module, path: str, name: str, *, r: int, scale: float) -> LowRank:
-    """Put one fresh adapter on the Linear at ``path``; the Linear is wrapped the first time."""
+    """Put one fresh low-rank adapter on the Linear at ``path``; the Linear is wrapped the first time."""
+    outputs, inputs = adapted_at(model, path).weight.shape
+    part = LowRank(inputs, outputs, r=r, scale=scale)
+    put_part(model, path, name, part)
+    return part
+
+
+def put_part(model: nn.Module, path: str, name: str, part: Part) -> None:
+    """Put an adapter's part on the Linear at ``path``."""
+    module = adapted_at(model, path)
+    module.adapters[_key(name)] = part.to(module.weight.device)
+
+
+def adapted_at(model: nn.Module, path: str) -> AdaptedLinear:
+    """The Linear at ``path``, wrapped so that it can take adapters."""
     module = model.get_submodule(path)
-    if not isinstance(module, AdaptedLinear):
-        assert isinstance(module, nn.Linear), f"{path} is no Linear"
-        parent, _, leaf = path.rpartition(".")
-        wrapped = AdaptedLinear(module)
-        setattr(model.get_submodule(parent), leaf, wrapped)
-        module = wrapped
-    weight = module.inner.weight
-    adapter = LowRank(weight.shape[1], weight.shape[0], r=r, scale=scale).to(weight.device)
-    module.adapters[_key(name)] = adapter
-    return adapter
+    if isinstance(module, AdaptedLinear):
+        return module
+    assert isinstance(module, nn.Linear), f"{path} is no Linear"
+    parent, _, leaf = path.rpartition(".")
+    wrapped = AdaptedLinear(module)
+    setattr(model.get_submodule(parent), leaf, wrapped)
+    return wrapped
+
+
+def adapted_linears(model: nn.Module, name: str | None = None) -> dict[str, AdaptedLinear]:
+    """The Linears that can take adapters, or those that wear the one called ``name``; by path, sorted."""
+    found = {p: m for p, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    return {p: found[p] for p in sorted(found) if name is None or found[p].part(name) is not None}
+
+
+def parts_of(model: nn.Module, name: str) -> dict[str, Part]:
+    """The parts of one adapter, by the path of the Linear they sit on, sorted."""
+    return {path: part for path, m in adapted_linears(model, name).items() if (part := m.part(name))}
 
 
 def adapter_of(model: nn.Module, name: str) -> dict[str, LowRank]:
-    """The parts of one adapter, by the path of the Linear they sit on, sorted."""
-    found = {
-        path: module.adapters[_key(name)]
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLinear) and _key(name) in module.adapters
-    }
-    return dict(sorted(found.items()))
+    """The parts of one low-rank adapter, by the path of the Linear they sit on, sorted."""
+    return {path: part for path, part in parts_of(model, name).items() if isinstance(part, LowRank)}
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Take an adapter off every Linear that it sits on, so that its memory can go."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLinear) and _key(name) in module.adapters:
-            del module.adapters[_key(name)]
+    """Take an adapter off every Linear that it sits on, so that its memory can go; resident columns are lifted."""
+    for module in adapted_linears(model, name).values():
+        part = module.part(name)
+        if isinstance(part, Columns):
+            part.lift(module.inner)
+        del module.adapters[_key(name)]
 
 
 def _key(name: str) -> str:

@@ -6,6 +6,8 @@ Parameter names are Hugging Face's, so a checkpoint loads as it is. Shapes: ``..
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,6 +29,28 @@ class Attend(Protocol):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [..., H, D], k and v [..., K, D] (rotated) -> attention output [..., H, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Which residual branches of a block are on the tape; past the others only the identity carries the gradient.
+
+    ``written``: keys and values stay on the tape all the same, because another module reads them.
+    """
+
+    attention: bool = True
+    mlp: bool = True
+    written: bool = False
+
+
+BOTH = Branches()
+Tape = tuple[Branches, ...]
+"""The branches of every block of a pass, by layer."""
+
+
+def _taping(on: bool) -> AbstractContextManager[object]:
+    """Where a branch runs: as everything around it, or without a tape, so that nothing is kept for it."""
+    return nullcontext() if on else torch.no_grad()
 
 
 class RMSNorm(nn.Module):
@@ -57,17 +81,26 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: Attend,
+        route: Route | None,
+        on: Branches = BOTH,
     ) -> Tensor:
-        q, k, v = map(self._heads, self._projected(x, route))
-        q, k = self.q_norm(q), self.k_norm(k)  # [..., H, D], [..., K, D]
-        out = attend(self.layer, rotate(q, *angles), rotate(k, *angles), v)
-        return self.o_proj(out.flatten(-2), route)
+        q, k, v = map(self._heads, self._projected(x, route, on))
+        # Norms run as everything around them: without a tape another kernel would round otherwise.
+        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)  # [..., H, D], [..., K, D]
+        with _taping(on.attention):
+            return self.o_proj(attend(self.layer, q, k, v).flatten(-2), route)
 
-    def _projected(self, x: Tensor, route: Route | None) -> tuple[Tensor, ...]:
+    def _projected(self, x: Tensor, route: Route | None, on: Branches) -> tuple[Tensor, ...]:
         if self.joined is not None:
             return self.joined(self, x, route).split(self.joined.sizes, dim=-1)
-        return self.q_proj(x, route), self.k_proj(x, route), self.v_proj(x, route)
+        with _taping(on.attention):
+            q = self.q_proj(x, route)
+        with _taping(on.attention or on.written):
+            return q, self.k_proj(x, route), self.v_proj(x, route)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
@@ -83,10 +116,12 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
         self.joined: Joined | None = None
 
-    def forward(self, x: Tensor, route: Route | None) -> Tensor:
+    def forward(self, x: Tensor, route: Route | None, taped: bool = True) -> Tensor:
         if self.joined is not None:
             return self.down_proj(gated(self.joined(self, x, route)), route)
-        return self.down_proj(nn.functional.silu(self.gate_proj(x, route)) * self.up_proj(x, route), route)
+        with _taping(taped):
+            gate = nn.functional.silu(self.gate_proj(x, route))
+            return self.down_proj(gate * self.up_proj(x, route), route)
 
 
 class Block(nn.Module):
@@ -100,10 +135,29 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend, route: Route | None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        attend: Attend,
+        route: Route | None,
+        on: Branches = BOTH,
+        again: bool = False,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angles, attend, route)
-        return x + self.mlp(self.post_attention_layernorm(x), route)
+        """``again``: what is on the tape is computed once more in the backward pass instead of being kept."""
+
+        def attended(x: Tensor) -> Tensor:
+            return x + self.self_attn(self.input_layernorm(x), angles, attend, route, on)
+
+        def fed(x: Tensor) -> Tensor:
+            return x + self.mlp(self.post_attention_layernorm(x), route, on.mlp)
+
+        if not again:
+            return fed(attended(x))
+        if on.attention and on.mlp:
+            return checkpoint(lambda x: fed(attended(x)), x, use_reentrant=False)
+        # A branch without a tape keeps nothing and need not be run twice.
+        x = checkpoint(attended, x, use_reentrant=False) if on.attention or on.written else attended(x)
+        return checkpoint(fed, x, use_reentrant=False) if on.mlp else fed(x)
 
     def weights(self) -> dict[str, Tensor | None]:
         """Of a joined block, for ``Blocks``."""
@@ -157,8 +211,18 @@ class Transformer(nn.Module):
         """Rotary frequencies [D/2] float32: computed, never loaded."""
         return inverse_frequencies(config.rope, config.head_width)[0]
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, route: Route | None = None) -> Tensor:
-        """Hidden states [..., E] after the last norm, for token ``ids`` [...] at ``positions`` [...] (int64)."""
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        route: Route | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        """Hidden states [..., E] after the last norm, for token ``ids`` [...] at ``positions`` [...] (int64).
+
+        ``tape``: which branches carry gradient; all where it is left out. What is computed is the same.
+        """
         x = self.model.embed_tokens(ids)
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
@@ -166,11 +230,9 @@ class Transformer(nn.Module):
         if self.at_once is not None and laid is not None and bare(route) and self.at_once.serves(x, laid):
             self.at_once(x, angles, laid)
             return self.model.norm(x)
-        for block in self.model.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, attend, route, use_reentrant=False)
-            else:
-                x = block(x, angles, attend, route)
+        again = self.checkpointing and torch.is_grad_enabled()
+        for layer, block in enumerate(self.model.layers):
+            x = block(x, angles, attend, route, tape[layer] if tape else BOTH, again)
         return self.model.norm(x)
 
     def join(self) -> None:

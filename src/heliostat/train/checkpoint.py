@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from heliostat.errors import Refused
 from heliostat.files import atomic_directory, atomic_write_text, read_json
 from heliostat.model.weights import read_tensors, save_tensors
+from heliostat.train.ranks import part_like, whole
 
 NAME = re.compile(r"checkpoint-(\d{8})")
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
@@ -38,14 +39,22 @@ def save(
     *,
     identity: str,
     keep: int,
+    writes: bool = True,
 ) -> Path:
-    """Write ``checkpoint-<step>`` under ``folder`` atomically, then drop all but the newest ``keep``."""
+    """Write ``checkpoint-<step>`` under ``folder`` atomically, then drop all but the newest ``keep``.
+
+    ``writes``: whether this process does; where tensors are parted among several, the others only give their parts.
+    """
     target = Path(folder) / f"checkpoint-{progress.step:08}"
+    trained = {n: whole(p.detach()) for n, p in parameters.items()}
+    moments = _moments(parameters, optimizer)
+    if not writes:
+        return target
     if not (target / STATE).is_file():
         shutil.rmtree(target, ignore_errors=True)  # half of one, whose removal was cut short
         with atomic_directory(target) as partial:
-            save_tensors({n: p.detach() for n, p in parameters.items()}, partial / PARAMETERS)
-            save_tensors(_moments(parameters, optimizer), partial / OPTIMIZER)
+            save_tensors(trained, partial / PARAMETERS)
+            save_tensors(moments, partial / OPTIMIZER)
             state = {"step": progress.step, "identity": identity, "history": list(progress.history)}
             atomic_write_text(partial / STATE, json.dumps(state))
     for old in checkpoints(folder)[:-keep]:
@@ -88,7 +97,7 @@ def resume(
             )
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
+                parameter.copy_(part_like(saved[name], parameter))
         _restore(parameters, optimizer, moments)
         for broken, reason in damaged:
             warnings.warn(f"{reason}; going on from {path.name}", stacklevel=1)
@@ -125,7 +134,7 @@ def _read_state(path: Path) -> tuple[Progress, str]:
 
 def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}|{key}": value.detach().reshape(-1) if value.dim() == 0 else value.detach()
+        f"{name}|{key}": value.detach().reshape(-1) if value.dim() == 0 else whole(value.detach())
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
@@ -139,4 +148,5 @@ def _restore(
         name, _, key = name_and_key.rpartition("|")
         # The fused AdamW wants its step count where the parameter is, too.
         restored = value.to(parameters[name].device)
-        optimizer.state[parameters[name]][key] = (restored.reshape(()) if key == "step" else restored).clone()
+        restored = restored.reshape(()) if key == "step" else part_like(restored, parameters[name])
+        optimizer.state[parameters[name]][key] = restored.clone()

@@ -43,6 +43,8 @@ class Forecast:
     steps: int
     tokens_per_step: Mapping[str, float]
     """Tokens each module runs in a mean step, padding included."""
+    processes: int
+    """That train together; memory and tokens are those of each."""
     weights: int
     teacher: int
     """Its weights."""
@@ -89,7 +91,10 @@ class Forecast:
             *([("lines left out", f"{self.skipped:,}")] if self.skipped else []),
             ("optimizer steps", f"{self.steps:,}"),
             ("tokens a step, by module", tokens),
-            ("memory", readable_size(self.memory)),
+            (
+                "memory" if self.processes == 1 else f"memory of each of {self.processes} processes",
+                readable_size(self.memory),
+            ),
             ("  weights", readable_size(self.weights)),
             *([("  teacher", readable_size(self.teacher))] if self.teacher else []),
             ("  gradients and optimizer", readable_size(self.optimizer)),
@@ -107,8 +112,11 @@ class Forecast:
         return asdict(self) | {"memory": self.memory, "seconds": self.seconds}
 
 
-def forecast(recipe: Recipe) -> Forecast:
-    """Numbers for a recipe on this machine. Raises Refused for what the run itself would refuse in recipe or data."""
+def forecast(recipe: Recipe, *, processes: int = 1) -> Forecast:
+    """Numbers for a recipe on this machine; of ``processes`` that train together, memory and tokens are of each.
+
+    Raises Refused for what the run itself would refuse in recipe or data.
+    """
     folder = Path(recipe.family)
     family = read_family(folder)
     family.free_name(recipe.member, folder=recipe.family)
@@ -119,7 +127,7 @@ def forecast(recipe: Recipe) -> Forecast:
     _, questions = judged(settled, tokenizer)
     shape = Shape(config, settled, row, data.examples)
     teaching = _teacher_weights(family, config, settled)
-    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
+    steps = settled.total_steps(-(-len(data.examples) // (settled.batch_size * processes)))
     trainable, own_weights = _own(config, settled)
     frozen, frozen_weights = _frozen(config, settled, row, trainable)
     asked = questions[: settled.eval_samples] if settled.eval_steps else ()
@@ -134,9 +142,10 @@ def forecast(recipe: Recipe) -> Forecast:
         answer_tokens=data.answer_tokens,
         steps=steps,
         tokens_per_step=shape.tokens_per_step,
-        weights=own_weights + frozen_weights,
+        processes=processes,
+        weights=_part(config, settled, row, own_weights + frozen_weights, processes),
         teacher=teaching,
-        optimizer=trainable * 12,
+        optimizer=trainable * 12 // (processes if settled.data_parallel == "fsdp" else 1),
         activations=shape.activations,
         pages=max(graded[0], taught[0]),
         process=resident_besides(),
@@ -165,7 +174,7 @@ def _teacher_weights(family: Family, config: ModelConfig, recipe: Settled) -> in
 
 def _frozen(config: ModelConfig, recipe: Settled, row: Row, trainable: int) -> tuple[int, int]:
     """Parameters that are loaded and do not move, and bytes of those that are not in the member's own weights."""
-    beside = config.parameters if BASE in row.modules or recipe.tuner == "lora" else 0
+    beside = config.parameters if BASE in row.modules or recipe.adapts else 0
     still = config.parameters - trainable if recipe.tuner == "full" else 0
     return beside + still, beside * (2 if recipe.bf16 else 4)
 
@@ -196,6 +205,7 @@ class Shape:
         """Bytes kept for the backward pass of a large micro-batch, and what passes through while it is run."""
         layers = self.config.layers
         kept = {name: self.probes[name].bytes * count for name, count in self.worst.items()}
+        kept[OWN] *= 1 - self.recipe.dropbp  # a branch without a tape keeps nothing
         # Gradients of one block stand beside everything kept: as much again as that block keeps.
         passing = max(kept.values())
         return round(sum(kept.values()) * layers + passing) + self._written + self._head
@@ -223,7 +233,12 @@ class Shape:
     @property
     def seconds_per_step(self) -> float:
         """Time of a mean step's blocks."""
-        once = sum(self.probes[n].seconds * self.config.layers * count for n, count in self.mean.items())
+        # Of a block's products two thirds are of the backward pass where all weights are trained, else half.
+        left_out = self.recipe.dropbp * (1 / 2 if self.recipe.adapts else 2 / 3)
+        once = sum(
+            self.probes[n].seconds * self.config.layers * count * (1 - left_out if n == OWN else 1)
+            for n, count in self.mean.items()
+        )
         return self.recipe.gradient_accumulation_steps * once
 
     def answering(self, prompts: int) -> tuple[int, float]:
@@ -232,10 +247,23 @@ class Shape:
             return 0, 0.0
         name = TEACHER if self.recipe.teacher is not None else self.row.prompt_writer
         tokens = prompts * sum(len(e.ids) for e in self.examples) / len(self.examples)
-        width = 2 if self.recipe.bf16 and (self.recipe.teacher or self.recipe.tuner == "lora") else 4
+        width = 2 if self.recipe.bf16 and (self.recipe.teacher or self.recipe.adapts) else 4
         each = 2 * self.config.kv_heads * self.config.head_width * self.config.layers * width
         limit = (CACHE_MIB if self.recipe.teacher is not None else EVALUATION_MIB) * MIB
         return round(min(limit, tokens * each)), tokens * self.config.layers * self.probes[name].seconds
+
+
+def _part(config: ModelConfig, recipe: Settled, row: Row, weights: int, processes: int) -> int:
+    """Bytes of weights in each process: its part, and what is put together while a pass runs.
+
+    That is all that is no block, for each whole module, and two blocks: the one that runs and the next.
+    """
+    if processes == 1 or recipe.data_parallel == "ddp":
+        return weights
+    inside = sum(a * b for a, b in config.linears.values())
+    models = 1 if recipe.adapts else len(row.modules)
+    together = models * (config.parameters - config.layers * inside) + 2 * inside
+    return weights // processes + together * 4
 
 
 def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
@@ -243,6 +271,12 @@ def _own(config: ModelConfig, recipe: Settled) -> tuple[int, int]:
     if recipe.tuner == "lora":
         trained = adapter_parameters(config, recipe.r or 0, recipe.target_modules or ())
         return trained, trained * 4
+    if recipe.tuner == "paca":
+        outputs = sum(config.linears[name][1] for name in recipe.target_modules or ())
+        trained = config.layers * outputs * (recipe.r or 0)
+        # Where the columns stand in the weights, the pretrained ones are kept beside them.
+        kept = (2 if recipe.bf16 else 4) if SHARINGS[recipe.sharing].row.alone else 0
+        return trained, trained * (4 + kept)
     trained = config.parameters
     if SHARINGS[recipe.sharing].targets == "query_side":
         sides = [config.linears[name] for name in ("k_proj", "v_proj")]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from heliostat.build import (
     BASE,
@@ -24,13 +25,16 @@ from heliostat.build import (
 )
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Row, own_module_name
-from heliostat.linear.lora import adapter_of, add_adapter
 from heliostat.model.config import ModelConfig
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.train.adapting import adapt, kept_columns
 from heliostat.train.data import Batches, Example, Examples, read_examples
+from heliostat.train.dropbp import UNIFORM_SHARE, Dropping, branches_of
 from heliostat.train.formats import Record, read_jsonl
-from heliostat.train.objective import MemberObjective
+from heliostat.train.objective import Learner, MemberObjective
+from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.recipe import Recipe, Settled
+from heliostat.train.sharing import idle
 from heliostat.train.teacher import taught_examples
 from heliostat.train.track import check_tracker
 
@@ -58,6 +62,7 @@ class Job:
     """Held-out records whose answers are graded in the course of the run."""
     teacher: Loaded | None
     steps: int
+    ranks: Ranks = ALONE
 
     @property
     def run_folder(self) -> Path:
@@ -75,8 +80,11 @@ class Job:
         return sum(p.numel() for model in models.values() for p in model.parameters())
 
 
-def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) -> Job:
-    """Read, check and load everything; refuses what cannot work, with the reason, before any training."""
+def prepare(recipe: Recipe, *, ranks: Ranks = ALONE, echo: Callable[[str], None] = lambda line: None) -> Job:
+    """Read, check and load everything; refuses what cannot work, with the reason, before any training.
+
+    With several processes the modules are parted among them, if the recipe says so.
+    """
     folder = Path(recipe.family)
     family = read_family(folder)
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
@@ -87,13 +95,16 @@ def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) 
     data = learned(settled, tokenizer, row, teacher)
     held_out, questions = judged(settled, tokenizer)
     torch.manual_seed(recipe.seed)
-    modules, parameters = _modules(folder, family, settled, row, own)
+    first_loss = partial(_first_loss, settled, row, data.examples, teacher)
+    resident = row.alone and not ranks.sharded
+    modules, parameters = _modules(folder, family, settled, row, own, first_loss, resident=resident)
+    parameters = ranks.spread({id(m.model): m.model for m in modules.values()}.values(), parameters)
     if recipe.gradient_checkpointing:
         for module in modules.values():
             module.model.checkpointing = True
     for line in (*notes(data), *(notes(held_out) if held_out else ())):
         echo(line)
-    steps = settled.total_steps(-(-len(data.examples) // settled.batch_size))
+    steps = settled.total_steps(-(-len(data.examples) // (settled.batch_size * ranks.count)))
     return Job(
         folder=folder,
         family=family,
@@ -109,6 +120,7 @@ def prepare(recipe: Recipe, *, echo: Callable[[str], None] = lambda line: None) 
         questions=questions[: settled.eval_samples],
         teacher=teacher,
         steps=steps,
+        ranks=ranks,
     )
 
 
@@ -122,10 +134,43 @@ def settle(recipe: Recipe, config: ModelConfig) -> Settled:
     return settled.model_copy(update={"max_length": min(settled.max_length, config.max_length)})
 
 
-def objective_of(job: Job) -> MemberObjective:
+def objective_of(job: Job, *, tell: Callable[[str], None] = lambda line: None) -> MemberObjective:
     """What the job learns, step by step."""
-    batches = Batches(job.examples, batch_size=job.recipe.per_device_train_batch_size, seed=job.recipe.seed)
-    return MemberObjective(batches, job.recipe.gradient_accumulation_steps, job.row, job.modules, job.teacher)
+    size = job.recipe.per_device_train_batch_size * job.ranks.count
+    batches = Batches(job.examples, batch_size=size, seed=job.recipe.seed)
+    learner = _learner(job, tell) if job.recipe.dropbp else None
+    accumulation = job.recipe.gradient_accumulation_steps
+    return MemberObjective(batches, accumulation, job.row, job.modules, job.teacher, learner, job.ranks)
+
+
+def _learner(job: Job, tell: Callable[[str], None]) -> Learner:
+    """Who is trained, with the branches that the recipe drops."""
+    recipe, row, model = job.recipe, job.row, job.modules[job.own].model
+    length = sum(len(e.ids) for e in job.examples) / len(job.examples)
+    # Whoever reads what the member writes hears of it through keys and values alone: they stay on the tape.
+    readers = {row.answer_writer, row.speaker} if job.own == row.prompt_writer else {row.speaker}
+    writes = job.own in (row.prompt_writer, row.answer_writer)
+    written = writes and readers != {job.own}
+    branches = branches_of(
+        model.config,
+        job.parameters,
+        whole=recipe.tuner == "full",
+        writes_for_itself=writes and not written,
+        context=length / 2 if job.own == row.prompt_writer else length,
+    )
+    dropping = Dropping(
+        branches,
+        recipe.dropbp,
+        seed=recipe.seed,
+        measured_at=max(1, round(UNIFORM_SHARE * job.steps))
+        if recipe.dropbp_rates == "sensitivity"
+        else None,
+        folder=job.run_folder,
+        written=written,
+        writes=job.ranks.first,
+        tell=tell,
+    )
+    return Learner(job.own, job.parameters, dropping, recipe.bf16)
 
 
 def learned(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
@@ -200,7 +245,14 @@ def _load_teacher(folder: Path, family: Family, recipe: Settled) -> Loaded | Non
 
 
 def _modules(
-    folder: Path, family: Family, recipe: Settled, row: Row, own: str
+    folder: Path,
+    family: Family,
+    recipe: Settled,
+    row: Row,
+    own: str,
+    first_loss: Callable[[Mapping[str, Loaded]], Tensor],
+    *,
+    resident: bool,
 ) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
     """The row's modules in memory, and what of them is trained."""
     frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
@@ -209,27 +261,27 @@ def _modules(
     def base(kind: torch.dtype) -> dict[str, Loaded]:
         return load_modules(folder, family, [BASE], dtype=kind, device=recipe.device, verify=False)
 
-    if recipe.tuner == "lora":
-        return _with_adapter(base(frozen_kind), recipe, own)
+    if recipe.adapts:
+        known = kept_columns(folder / RUNS / recipe.member, recipe)
+        return adapt(base(frozen_kind), recipe, own, resident=resident, first_loss=first_loss, known=known)
     own_model = base(torch.float32)[BASE].model
     modules = {own: Loaded(own, "", own, own_model)}
     if BASE in row.modules:
         modules |= base(frozen_kind)
-    written = {row.prompt_writer, row.answer_writer}
     for name, parameter in own_model.named_parameters():
-        # A module that only speaks reads others' keys and values; its own projections for them are never used.
-        parameter.requires_grad_(
-            own in written or not any(part in name for part in ("k_proj", "v_proj", "k_norm"))
-        )
+        parameter.requires_grad_(not idle(name, row, own))
     return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}
 
 
-def _with_adapter(
-    loaded: dict[str, Loaded], recipe: Settled, own: str
-) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
-    assert recipe.r is not None and recipe.lora_alpha is not None and recipe.target_modules is not None
-    model = loaded[BASE].model
-    add_adapter(model, own, r=recipe.r, alpha=recipe.lora_alpha, targets=recipe.target_modules)
-    parts = adapter_of(model, own)
-    parameters = {f"{path}.{name}": p for path, part in parts.items() for name, p in part.named_parameters()}
-    return {**loaded, own: Loaded(own, "", BASE, model, own)}, parameters
+def _first_loss(
+    recipe: Settled,
+    row: Row,
+    examples: Sequence[Example],
+    teacher: Loaded | None,
+    modules: Mapping[str, Loaded],
+) -> Tensor:
+    """Mean loss of the run's first batch, with a tape."""
+    batches = Batches(examples, batch_size=recipe.per_device_train_batch_size, seed=recipe.seed)
+    (micro,) = MemberObjective(batches, 1, row, modules, teacher).micros(0)
+    with torch.autocast(torch.device(recipe.device).type, dtype=torch.bfloat16, enabled=recipe.bf16):
+        return micro.loss() / micro.spoken

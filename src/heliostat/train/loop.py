@@ -23,6 +23,7 @@ from heliostat.errors import Refused
 from heliostat.files import atomic_write_text
 from heliostat.train import checkpoint
 from heliostat.train.checkpoint import Progress
+from heliostat.train.ranks import ALONE, Ranks, whole
 
 LOG = "log.jsonl"
 
@@ -120,6 +121,7 @@ class Run:
     identity: str
     watch: Watch
     evaluate: Callable[[], Mapping[str, float]] | None = None
+    ranks: Ranks = ALONE
 
     def fit(self, *, resume: bool = True) -> Progress:
         """Run to the last step, from the newest checkpoint where there is one. Ctrl-C saves, then raises Interrupted."""
@@ -128,12 +130,13 @@ class Run:
         progress = Progress()
         if resume:
             progress = checkpoint.resume(self.folder, self.parameters, optimizer, identity=self.identity)
-        else:  # or the next one to go on would find them
+        elif self.ranks.first:  # or the next one to go on would find them
             for old in checkpoint.checkpoints(self.folder):
                 checkpoint.discard(old)
+        self.ranks.wait()
         self._begin_log(progress.history)
         with interruptible() as stopped:
-            while progress.step < self.settings.steps and not stopped():
+            while progress.step < self.settings.steps and not self.ranks.agree(stopped()):
                 progress = self._advance(optimizer, progress)
         self._save(optimizer, progress)
         if progress.step < self.settings.steps:
@@ -143,9 +146,8 @@ class Run:
         return progress
 
     def _advance(self, optimizer: torch.optim.Optimizer, progress: Progress) -> Progress:
-        record = take_step(
-            self.objective.micros(progress.step), self.parameters, optimizer, progress.step, self.settings
-        )
+        micros = self.objective.micros(progress.step)
+        record = take_step(micros, self.parameters, optimizer, progress.step, self.settings, ranks=self.ranks)
         step = progress.step + 1
         history = progress.history
         last = step == self.settings.steps
@@ -155,15 +157,21 @@ class Run:
         self.watch.step(record)
         if last or judged or due(step, self.settings.logging_steps):
             history = (*history, record)
-            with (self.folder / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
+            self._log(record)
         progress = Progress(step, history)
         if due(step, self.settings.save_steps):
             self._save(optimizer, progress)
         return progress
 
+    def _log(self, record: Mapping[str, Any]) -> None:
+        if self.ranks.first:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+
     def _begin_log(self, history: Sequence[Mapping[str, Any]]) -> None:
         """The log as of the checkpoint: what a killed run wrote after it is written again."""
+        if not self.ranks.first:
+            return
         atomic_write_text(self.folder / LOG, "".join(json.dumps(record) + "\n" for record in history))
 
     def _save(self, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
@@ -174,7 +182,9 @@ class Run:
             progress,
             identity=self.identity,
             keep=self.settings.save_total_limit,
+            writes=self.ranks.first,
         )
+        self.ranks.wait()
 
 
 @contextmanager
@@ -209,25 +219,29 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     step: int,
     settings: Settings,
+    *,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """One optimizer step over its micro-batches; the loss is the mean over all spoken tokens of the step.
+    """One optimizer step over its micro-batches; the loss is the mean over all spoken tokens of the step, on all ranks.
 
     Returns the step's record: step (1-based), loss (nats a token), learning_rate, grad_norm, tokens, seconds.
     """
-    begin, spoken = time.perf_counter(), sum(micro.spoken for micro in micros)
+    begin, spoken = time.perf_counter(), ranks.total(sum(micro.spoken for micro in micros))
     device = next(iter(parameters.values())).device.type
     total = 0.0
     for micro in micros:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.bf16):
             loss = micro.loss() / spoken
         if loss.requires_grad:  # a row may leave all that is said in these examples to a frozen module
-            loss.backward()
+            (loss * ranks.weight if ranks.weight > 1 else loss).backward()
         total += float(loss.detach())
+    ranks.add_up(parameters.values())
+    total = ranks.total(total)
     if not math.isfinite(total):
         raise Refused(
             f"the loss became {total} at step {step + 1}: lower --learning-rate, or look at the data there"
         )
-    norm = nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm or math.inf)
+    norm = whole(nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm or math.inf))
     if not math.isfinite(norm):
         raise Refused(f"the gradient became {float(norm)} at step {step + 1}: lower --learning-rate")
     rate = settings.learning_rate * rate_share(step, settings)
@@ -235,7 +249,7 @@ def take_step(
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(micro.tokens for micro in micros)
+    tokens = int(ranks.total(sum(micro.tokens for micro in micros)))
     seconds = time.perf_counter() - begin
     return {
         "step": step + 1,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heliostat.build import Loaded
 from heliostat.family import Row
 from heliostat.model.seam import Causal
+from heliostat.model.transformer import Tape
 from heliostat.train.data import Batches, Example
+from heliostat.train.dropbp import Dropping
+from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.sharing import Layout, lay_out, log_probabilities, speak, to_device
 
 COLUMNS = 8
@@ -27,18 +30,24 @@ class MemberMicro:
     modules: Mapping[str, Loaded]
     teacher: Loaded | None = None
     whole: Tensor | None = None  # [B, T] the examples' ids without their last token, for the teacher
+    idle: bool = False
+    """Runs with the others, as parted modules must, and teaches nothing: its process has no part of the batch."""
 
     @property
     def spoken(self) -> int:
-        return self.layout.spoken
+        return 0 if self.idle else self.layout.spoken
 
     @property
     def tokens(self) -> int:
+        if self.idle:
+            return 0
         return sum(self.layout.tokens.values()) + (self.whole.numel() if self.whole is not None else 0)
 
     def loss(self) -> Tensor:
         """Summed loss (nats): of the data's tokens, or from the teacher's distribution where there is a teacher."""
         logits = speak(self.layout, self.row, self.modules)
+        if self.idle:
+            return 0.0 * logits.sum()
         if self.teacher is None:
             return -log_probabilities(logits, self.layout.targets).sum()
         return divergence(self._taught(), logits)
@@ -61,6 +70,16 @@ def divergence(taught: Tensor, logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Learner:
+    """Who is trained: a module of the row, by these parameters, and how its branches are dropped."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    dropping: Dropping
+    bf16: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MemberObjective:
     """Batches of examples, laid out for one row; the same step always sees the same ones."""
 
@@ -69,18 +88,43 @@ class MemberObjective:
     row: Row
     modules: Mapping[str, Loaded]
     teacher: Loaded | None = None
+    learner: Learner | None = None
+    """Given where branches of the backward pass are dropped."""
+    ranks: Ranks = ALONE
 
     def micros(self, step: int) -> list[MemberMicro]:
-        """The micro-batches of an optimizer step."""
+        """The micro-batches of an optimizer step; one draw of branches serves them all."""
         first = step * self.accumulation
-        return [self.micro(self.batches.at(first + i)) for i in range(self.accumulation)]
+        tape = self._tape(step, self.batches.at(first)[:1])
+        return [self._shared(self.batches.at(first + i), tape) for i in range(self.accumulation)]
 
-    def micro(self, examples: Sequence[Example]) -> MemberMicro:
-        """These examples as one micro-batch."""
+    def _shared(self, examples: Sequence[Example], tape: Tape | None) -> MemberMicro:
+        """This process's part of a batch; one without a part runs the first example for nothing."""
+        own = self.ranks.share(examples)
+        return self.micro(own, tape) if own else replace(self.micro(examples[:1], tape), idle=True)
+
+    def _tape(self, step: int, example: Sequence[Example]) -> Tape | None:
+        learner = self.learner
+        if learner is None:
+            return None
+
+        def losing(tape: Tape | None) -> Tensor:
+            micro = self.micro(example, tape)
+            with torch.autocast(micro.layout.prompt.device.type, dtype=torch.bfloat16, enabled=learner.bf16):
+                return micro.loss() / micro.spoken
+
+        return learner.dropping.tape(step, losing, learner.parameters)
+
+    def micro(self, examples: Sequence[Example], tape: Tape | None = None) -> MemberMicro:
+        """These examples as one micro-batch; ``tape``: the learner's branches that carry gradient."""
+        modules = self.modules
+        if self.learner is not None:
+            own = self.learner.name
+            modules = {**modules, own: replace(modules[own], tape=tape)}
         device = self.modules[self.row.speaker].model.device
         layout = to_device(lay_out(examples, self.row, multiple=COLUMNS), device)
         whole = _whole(examples).to(device) if self.teacher else None
-        return MemberMicro(layout, self.row, self.modules, self.teacher, whole)
+        return MemberMicro(layout, self.row, modules, self.teacher, whole)
 
 
 def _whole(examples: Sequence[Example]) -> Tensor:

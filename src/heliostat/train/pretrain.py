@@ -25,7 +25,7 @@ from heliostat.train import checkpoint
 from heliostat.train.data import document_ids
 from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.loop import Run, Watch
-from heliostat.train.recipe import PretrainRecipe, SettledPretraining
+from heliostat.train.pretrain_recipe import PretrainRecipe, SettledPretraining
 from heliostat.train.settings import identity_of, settings_of
 from heliostat.train.spellings import to_yaml
 from heliostat.train.text import PackedRows, TextObjective, text_loss

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from heliostat.family import Row
+from heliostat.linear.choice import add_columns
 from heliostat.linear.lora import add_adapter, whole
+from heliostat.linear.paca import settle
 from heliostat.model.config import ModelConfig
 from heliostat.model.seam import Causal
 from heliostat.model.transformer import Block
@@ -65,7 +67,12 @@ def probe(config: ModelConfig, recipe: Settled, row: Row, name: str) -> Probe:
     route = None
     if own and not tuned:
         targets = recipe.target_modules or READERS_OF_KEYS
-        add_adapter(block, name, r=recipe.r or 1, alpha=1.0, targets=targets)
+        if recipe.tuner == "paca":
+            add_columns(block, name, r=recipe.r or 1, targets=targets)
+            if row.alone:
+                settle(block, name)
+        else:
+            add_adapter(block, name, r=recipe.r or 1, alpha=1.0, targets=targets)
         route = whole(name)
     # Behind a tuned writer the frozen speaker is on the tape: its input carries no gradient, its keys and values do.
     taped = own or (name in row.modules and row.prompt_writer == OWN)

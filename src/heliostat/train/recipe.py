@@ -16,9 +16,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, choose, sharing_named
 from heliostat.tasks.grade import DEFAULT_METRIC, METRICS, METRICS_SHOWN
+from heliostat.train.droprates import HIGHEST
 
 Auto = Literal["auto"]
-Tuner = Literal["full", "lora"]
+Tuner = Literal["full", "lora", "paca"]
+Choice = Literal["random", "norm", "gradient"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Scheduler = Literal["linear", "cosine", "constant", "warmup_stable_decay"]
 
@@ -49,14 +51,19 @@ ANY = "*"
 DEFAULTS: Mapping[tuple[str, str], Defaults] = {
     ("independent", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     ("independent", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    ("independent", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
     ("sun", "full"): Defaults(1e-4, "linear", 0.1, 0.0),
     ("sun", "lora"): Defaults(2e-4, "linear", 0.1, 0.0),
+    ("sun", "paca"): Defaults(2e-4, "linear", 0.1, 0.0, r=128),
     ("prefillshare", "full"): Defaults(1e-4, "cosine", 0.03, 0.1),
     ("prefillshare", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    ("prefillshare", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
     ("icarus", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     ("icarus", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
+    ("icarus", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=256),
     (ANY, "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     (ANY, "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
+    (ANY, "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
 }
 """By sharing and tuner; a sharing without a line of its own takes the line of ANY."""
 
@@ -143,13 +150,16 @@ class Recipe(Pace):
     teacher: str | None = None
     """Member or module whose answers are learned, not the data's; the data may then be prompts alone."""
     tuner: Tuner | Auto = "auto"
-    """full: all weights of the member's own module; lora: a low-rank adapter; auto: lora for icarus, else full."""
+    """full: all of the member's own weights; lora: a low-rank adapter; paca: some columns of each weight; auto: lora for
+    icarus, else full."""
     r: Count | Auto | None = "auto"
-    """Rank of the adapter (tuner lora); auto: by sharing, and no more than fits the model's width."""
+    """Rank of the adapter, or columns of each weight (tuner lora, paca); auto: by sharing, no more than fits the width."""
     lora_alpha: Positive | Auto | None = "auto"
     """The adapter is scaled by lora_alpha / r (tuner lora); auto: 2 r."""
     target_modules: Annotated[Names | Auto | None, BeforeValidator(_targets)] = "auto"
-    """Linears with an adapter: q_proj,o_proj, or all-linear (tuner lora); auto: those the sharing leaves."""
+    """Linears with an adapter: q_proj,o_proj, or all-linear (tuner lora, paca); auto: those the sharing leaves."""
+    columns: Choice | Auto | None = "auto"
+    """Which columns are tuned (tuner paca): random, the longest (norm), or by the first batch's gradient; auto: random."""
     learning_rate: Positive | Auto = "auto"
     """Peak learning rate; auto: by sharing and tuner."""
     lr_scheduler_type: Scheduler | Auto = "auto"
@@ -158,6 +168,12 @@ class Recipe(Pace):
     """Share of the steps in which the learning rate rises to its peak; auto: by sharing."""
     weight_decay: Weight | Auto = "auto"
     """Decay of weight matrices by AdamW; auto: by sharing."""
+    dropbp: float = Field(0.0, ge=0, le=HIGHEST)
+    """Share of the residual branches' backward pass that is left out, by DropBP; 0: none."""
+    dropbp_rates: Literal["sensitivity", "uniform"] = "sensitivity"
+    """Which branches dropbp leaves out: the least sensitive most often, measured after a tenth of the run, or all alike."""
+    data_parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """With several processes: fsdp parts weights and moments among them, too; ddp keeps all of them in each."""
     num_train_epochs: Positive = 1.0
     """Times the data are gone through."""
     max_steps: int = -1
@@ -191,11 +207,9 @@ class Recipe(Pace):
             )
         if self.max_steps != -1 and self.max_steps < 1:
             raise Refused(f"max_steps is {self.max_steps}; it must be at least 1, or -1 for num_train_epochs")
-        given = [name for name in _LORA_ONLY if getattr(self, name) not in ("auto", None)]
-        if self.tuner == "full" and given:
-            raise Refused(
-                f"{', '.join(given)}: for tuner lora only, and tuner is full; say tuner: lora, or drop it"
-            )
+        idle = sorted(set(_ADAPTERS) - _ARGUMENTS[str(self.tuner)])
+        if given := [name for name in idle if getattr(self, name) not in ("auto", None)]:
+            raise Refused(f"{', '.join(given)}: {_NOT_FOR[str(self.tuner)]}")
         return self
 
     def resolve(self, *, bf16: bool, hidden_size: int, device: str = "cpu") -> Settled:
@@ -213,20 +227,25 @@ class Recipe(Pace):
             "weight_decay": defaults.weight_decay,
             **self._adapter(defaults, hidden_size),
         }
-        return Settled(**_filled_in(self, settled))
+        return Settled(**filled_in(self, settled))
 
     def _adapter(self, defaults: Defaults, hidden_size: int) -> dict[str, Any]:
         if self.tuner == "full":
-            return dict.fromkeys(_LORA_ONLY)
-        r = self.r if isinstance(self.r, int) else min(defaults.r, widest_rank(hidden_size))
-        return {"r": r, "lora_alpha": 2.0 * r, "target_modules": TARGETS[SHARINGS[self.sharing].targets]}
+            return dict.fromkeys(_ADAPTERS)
+        widest = widest_rank(hidden_size) * (2 if self.tuner == "paca" else 1)
+        r = self.r if isinstance(self.r, int) else min(defaults.r, widest)
+        own: dict[str, Any] = {"lora_alpha": 2.0 * r, "columns": None}
+        if self.tuner == "paca":
+            own = {"lora_alpha": None, "columns": "random"}
+        return {"r": r, "target_modules": TARGETS[SHARINGS[self.sharing].targets], **own}
 
     def made(self, settled: Mapping[str, Any], *, ignored: Iterable[str] = ()) -> bool:
         """Whether a member's remembered recipe is what this one comes to, but for the ``ignored`` arguments."""
         asked = self.model_dump(mode="json", exclude={"family", "member", *ignored})
         longest = settled.get("max_length", 0)  # never more than the model takes
+        fields = type(self).model_fields
         return longest <= asked.pop("max_length") and all(
-            value in ("auto", settled.get(name)) for name, value in asked.items()
+            value in ("auto", settled.get(name, fields[name].default)) for name, value in asked.items()
         )
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -238,7 +257,17 @@ class Recipe(Pace):
         )
 
 
-_LORA_ONLY = ("r", "lora_alpha", "target_modules")
+_ADAPTERS = ("r", "lora_alpha", "target_modules", "columns")
+_ARGUMENTS = {
+    "full": set[str](),
+    "lora": {"r", "lora_alpha", "target_modules"},
+    "paca": {"r", "target_modules", "columns"},
+}
+_NOT_FOR = {
+    "full": "for tuner lora and paca only, and tuner is full; say tuner: lora, or drop it",
+    "lora": "for tuner paca only, and tuner is lora; say tuner: paca, or drop it",
+    "paca": "for tuner lora only. With paca it would be a factor of learning_rate (lora_alpha / r): raise that instead",
+}
 
 
 class Settled(Recipe):
@@ -249,17 +278,26 @@ class Settled(Recipe):
     r: Count | None
     lora_alpha: Positive | None
     target_modules: Names | None
+    columns: Choice | None
     learning_rate: Positive
     lr_scheduler_type: Scheduler
     warmup_ratio: Share
     weight_decay: Weight
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the member is an adapter on the base, not weights of its own."""
+        return self.tuner != "full"
+
     def warmup_steps(self, total: int) -> int:
         """Steps of warm-up in a run of so many."""
         return round(self.warmup_ratio * total)
 
-    def check_targets(self, linears: Iterable[str]) -> None:
-        """Refuse target_modules that are none of the model's ``linears``, or that the sharing never uses."""
+    def check_targets(self, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse target_modules that are none of the model's ``linears``, or that the sharing never uses.
+
+        ``linears``: inputs and outputs of each, by name. More columns than inputs are refused, too.
+        """
         targets, names = set(self.target_modules or ()), set(linears)
         if unknown := sorted(targets - names):
             raise Refused(f"target_modules {', '.join(unknown)}: this model has {', '.join(sorted(names))}")
@@ -268,9 +306,12 @@ class Settled(Recipe):
             raise Refused(
                 f"target_modules {', '.join(idle)}: under {self.sharing!r} the member writes no keys or values"
             )
+        for name in self.target_modules or () if self.tuner == "paca" else ():
+            if self.r is not None and self.r > (inputs := linears[name][0]):
+                raise Refused(f"r is {self.r}: {name} has {inputs} inputs, so no more columns can be tuned")
 
 
-def _filled_in(recipe: Pace, settled: Mapping[str, Any]) -> dict[str, Any]:
+def filled_in(recipe: Pace, settled: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a recipe, with the settled value wherever `auto` was asked for."""
     asked = {name: getattr(recipe, name) for name in type(recipe).model_fields}
     return {
@@ -281,91 +322,3 @@ def _filled_in(recipe: Pace, settled: Mapping[str, Any]) -> dict[str, Any]:
 def widest_rank(hidden_size: int) -> int:
     """Largest power of two up to an eighth of the width: beyond it an adapter is hardly low-rank."""
     return 1 << max(0, (hidden_size // 8).bit_length() - 1)
-
-
-class PretrainRecipe(Pace):
-    """How a base is made from scratch: its shape, its text, its schedule."""
-
-    output_dir: str = Field(min_length=1)
-    """Folder for the new checkpoint, in Hugging Face's layout."""
-    data: Paths = ("embedded",)
-    """Text: files of plain UTF-8 text, jsonl of the kinds `train` reads, or embedded: the built-in corpus."""
-    eval_data: str | None = None
-    """Held-out text; none: a small part of data is held out."""
-    tokenizer: str | None = None
-    """Folder with tokenizer.json; none: a byte-level BPE of vocab_size is trained on the data."""
-    architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
-    """Family of models whose layout is made."""
-    vocab_size: int = Field(1024, ge=260)
-    """Tokens of the tokenizer that is trained; with a tokenizer of its own, rows of the embedding."""
-    hidden_size: int = Field(192, ge=8)
-    """Width of the model."""
-    num_hidden_layers: Count = 6
-    """Transformer blocks."""
-    num_attention_heads: Count = 6
-    """Query heads."""
-    num_key_value_heads: Count = 2
-    """Key and value heads; query heads must be a multiple."""
-    head_dim: Count | Auto = "auto"
-    """Width of a head, even; auto: hidden_size / num_attention_heads."""
-    intermediate_size: Count = 512
-    """Width inside the feed-forward part."""
-    tie_word_embeddings: bool = True
-    """Whether the output layer is the embedding."""
-    max_position_embeddings: int = Field(1024, ge=2)
-    """Longest text the model is made for, in tokens."""
-    rope_theta: Positive = 10_000.0
-    """Base of the rotary frequencies."""
-    max_length: int = Field(256, ge=2)
-    """Tokens of a packed row; a batch has per_device_train_batch_size x gradient_accumulation_steps rows."""
-    max_steps: Count = 1000
-    """Optimizer steps."""
-    learning_rate: Positive = 2e-3
-    """Peak learning rate."""
-    lr_scheduler_type: Scheduler = "warmup_stable_decay"
-    """How the learning rate falls: linear, cosine, constant or warmup_stable_decay."""
-    warmup_ratio: Share = 0.05
-    """Share of the steps in which the learning rate rises to its peak."""
-    weight_decay: Weight = 0.1
-    """Decay of weight matrices by AdamW."""
-    adam_beta2: Share = 0.95
-    """Decay of AdamW's mean of squared gradients."""
-
-    @model_validator(mode="after")
-    def _agree(self) -> PretrainRecipe:
-        heads, width = self.num_attention_heads, self.hidden_size
-        if heads % self.num_key_value_heads:
-            raise Refused(
-                f"num_attention_heads {heads}: no multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim == "auto" and width % heads:
-            raise Refused(f"hidden_size {width} is no multiple of num_attention_heads {heads}: give head_dim")
-        head_dim = width // heads if self.head_dim == "auto" else self.head_dim
-        if head_dim % 2:
-            raise Refused(f"head_dim is {head_dim}; rotary positions need an even one")
-        if self.max_length > self.max_position_embeddings:
-            raise Refused(
-                f"max_length {self.max_length}: above max_position_embeddings {self.max_position_embeddings}"
-            )
-        return self
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_size * self.max_length
-
-    def warmup_steps(self) -> int:
-        """Steps of warm-up."""
-        return round(self.warmup_ratio * self.max_steps)
-
-    def resolve(self, *, bf16: bool, device: str = "cpu") -> SettledPretraining:
-        """The same recipe with every `auto` a value; ``bf16``: whether ``device`` is fast at it."""
-        settled = {"bf16": bf16, "device": device, "head_dim": self.hidden_size // self.num_attention_heads}
-        return SettledPretraining(**_filled_in(self, settled))
-
-
-class SettledPretraining(PretrainRecipe):
-    """A pretraining recipe without `auto`."""
-
-    bf16: bool
-    head_dim: Count

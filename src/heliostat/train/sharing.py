@@ -11,14 +11,20 @@ The loss is SUN's (arXiv 2603.02599), PrefillShare's (arXiv 2602.12029) or ICaRu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from heliostat.build import Loaded
-from heliostat.family import Row
+from heliostat.build import BASE, Loaded
+from heliostat.errors import Refused
+from heliostat.family import Row, sharing_named
+from heliostat.linear.lora import adapted_linears
+from heliostat.linear.paca import lift
+from heliostat.model.mirror import mirrored
 from heliostat.model.seam import Causal, KeyValues, Reading, Recording
 from heliostat.train.data import Example
 
@@ -119,9 +125,9 @@ def _prompt_pass(layout: Layout, writer: Loaded) -> tuple[KeyValues, Tensor]:
     ids = layout.prompt
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if layout.answers is None:
-        return {}, writer.model(ids, positions, Causal(), writer.route)
+        return {}, writer.run(ids, positions, Causal())
     recording = Recording(Causal())
-    hidden = writer.model(ids, positions, recording, writer.route)
+    hidden = writer.run(ids, positions, recording)
     return recording.written, hidden
 
 
@@ -143,7 +149,7 @@ def _answer_passes(
 
 
 def _run(module: Loaded, answers: Answers, seam: Reading | Recording) -> Tensor:
-    return module.model(answers.ids, answers.positions, seam, module.route)
+    return module.run(answers.ids, answers.positions, seam)
 
 
 def sees_all(answers: Answers, prompt: int) -> Tensor:
@@ -207,3 +213,122 @@ def _padded(rows: Sequence[Sequence[int]], multiple: int) -> Tensor:
 def _pairs(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     both = torch.tensor(pairs, dtype=torch.long).view(-1, 2)
     return both[:, 0], both[:, 1]
+
+
+# --- a model of transformers, trained in a row ----------------------------------------------------------------
+
+OWN = "own"
+UNLEARNED = -100
+"""The label of a token that carries no loss, as everywhere."""
+
+
+def idle(name: str, row: Row, own: str) -> bool:
+    """Whether a tensor of the member's own module is never used: who only speaks reads others' keys and values."""
+    writes = own in (row.prompt_writer, row.answer_writer)
+    return not writes and any(part in name for part in ("k_proj", "v_proj", "k_norm"))
+
+
+def wrap(model: nn.Module, *, row: str | Row) -> InRow:
+    """A causal LM of transformers that learns what it would say in a row: for their Trainer, or any loop of yours.
+
+    ``row``: the name of a sharing, or a Row whose modules are "own" and "base". What ``model`` wears (paca.apply) is
+    its own part and the rest the base's; a model without adapters is tuned in full, beside a frozen copy of it where
+    the row needs one. Raises Refused for a model that heliostat does not run.
+    """
+    found = sharing_named(row).row if isinstance(row, str) else row
+    if strange := sorted(set(found.modules) - {OWN, BASE}):
+        raise Refused(
+            f"row names {', '.join(strange)}: a model alone plays {OWN!r}, its untuned self {BASE!r}"
+        )
+    return InRow(model, found)
+
+
+class InRow(nn.Module):
+    """See ``wrap``. The model itself is ``model``: save that one."""
+
+    accepts_loss_kwargs = True  # transformers' Trainer: the loss is divided by num_items_in_batch here
+
+    def __init__(self, model: nn.Module, row: Row) -> None:
+        super().__init__()
+        ours = mirrored(model)
+        self.model, self.row, self.config = model, row, model.config
+        linears = adapted_linears(model)
+        worn = sorted({str(m.worn) for m in linears.values() if m.worn is not None})
+        if len(worn) > 1:
+            raise Refused(f"the model wears {', '.join(worn)} at once: one adapter can be trained in a row")
+        trained = [n for n, p in model.named_parameters() if p.requires_grad and ".adapters." in n]
+        if unused := [name for name in trained if idle(name, row, OWN)]:
+            raise Refused(
+                f"{unused[0]} is tuned, but in this row the member writes no keys or values: leave it out"
+            )
+        if worn and not row.alone:
+            lift(model, worn[0])  # its weights are the base's, too
+        own = Loaded(OWN, "", BASE, ours, worn[0] if worn else None)
+        base = own if worn else None
+        if not worn:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not idle(name, row, OWN))
+            if BASE in row.modules:
+                base = Loaded(BASE, "", BASE, mirrored(model, copied=True))
+        self.modules_of_row = {OWN: own} | ({BASE: replace(base, adapter=None)} if base is not None else {})
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **other: Any,
+    ) -> dict[str, Tensor]:
+        """The mean loss of what is spoken, as ``loss``: of each run of ``labels`` [B, T] (int64) that are not -100.
+
+        Each such run is an answer, everything before it its prompt. ``input_ids`` [B, T], padded on the right.
+        """
+        examples = labelled(input_ids, attention_mask, labels)
+        layout = to_device(lay_out(examples, self.row), input_ids.device)
+        for loaded in self.modules_of_row.values():
+            if (
+                loaded.model.device != input_ids.device
+            ):  # the copy, and what is computed, are nobody's parameters
+                loaded.model.to(input_ids.device)
+            loaded.model.frequencies = loaded.model.frequencies.to(input_ids.device)
+        spoken = log_probabilities(speak(layout, self.row, self.modules_of_row), layout.targets)
+        return {
+            "loss": -spoken.sum() / (num_items_in_batch if num_items_in_batch is not None else layout.spoken)
+        }
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Compute activations again in the backward pass (transformers' name for it)."""
+        for loaded in self.modules_of_row.values():
+            loaded.model.checkpointing = True
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
+
+def labelled(ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> list[Example]:
+    """Examples out of a batch as transformers makes it; rows that teach nothing are left out."""
+    if labels is None:
+        raise Refused("no labels: give the batch's labels, -100 where nothing is learned")
+    lengths = [ids.shape[1]] * len(ids) if attention_mask is None else attention_mask.sum(1).tolist()
+    if attention_mask is not None and not attention_mask[:, 0].all():
+        raise Refused(
+            "the batch is padded on the left: pad on the right, so that positions are those of serving"
+        )
+    found = []
+    for row, said, length in zip(ids.tolist(), labels.tolist(), lengths, strict=True):
+        answers = tuple(_runs(said[:length]))
+        if answers:
+            found.append(Example(tuple(row[: answers[-1][1]]), answers))
+    if not found:
+        raise Refused(
+            "no label of this batch is other than -100, or only a first token's: there is nothing to learn"
+        )
+    return found
+
+
+def _runs(labels: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """[start, stop) of each run of labels that are learned; nothing stands before a first token, so it is not."""
+    learned = [place for place in range(1, len(labels)) if labels[place] != UNLEARNED]
+    for _, places in groupby(enumerate(learned), lambda pair: pair[1] - pair[0]):
+        run = [place for _, place in places]
+        yield run[0], run[-1] + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,20 @@ from heliostat.build import (
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Member, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.linear.adapter import save_adapter
 from heliostat.model.weights import read_tensors, save_checkpoint, state_of, weight_files
 from heliostat.train import checkpoint
+from heliostat.train.adapting import keep_columns, save_own
 from heliostat.train.evaluate import accuracy_in_training
 from heliostat.train.formats import Record, read_jsonl
 from heliostat.train.job import JUDGED, Job, objective_of, prepare
 from heliostat.train.loop import Run, Watch
 from heliostat.train.objective import evaluation_loss
+from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.recipe import Recipe
 from heliostat.train.settings import identity_of, settings_of
 from heliostat.train.spellings import changes, to_yaml
 from heliostat.train.track import tracking
-from heliostat.train.watch import draw_loss
+from heliostat.train.watch import Silent, draw_loss
 
 __all__ = [
     "FREE",
@@ -61,6 +62,7 @@ FREE = frozenset(
         "metric",
         "report_to",
         "device",
+        "data_parallel",
     )
 )
 """Fields of a recipe that may change between the parts of one run."""
@@ -81,31 +83,50 @@ def tune(
     *,
     watching: Callable[[Job], AbstractContextManager[Watch]],
     echo: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Run a recipe to its end and add the member to the family; an unfinished run of the same recipe goes on.
 
     ``watching`` makes who looks on once the job is known. Raises Refused before anything is trained where recipe,
-    data or family do not fit; raises loop.Interrupted on Ctrl-C, with everything saved.
+    data or family do not fit; raises loop.Interrupted on Ctrl-C, with everything saved. Of several ``ranks`` each
+    calls this; the first one writes, tells and is watched.
     """
     folder = Path(recipe.family)
     _check_name(read_family(folder), recipe)
     run_folder = folder / RUNS / recipe.member
     run_folder.mkdir(parents=True, exist_ok=True)
-    with locked(run_folder / "run.lock", wait=False):
-        job = prepare(recipe, echo=echo)
+    if not ranks.first:
+        watching, echo = _nobody, _unheard
+    with locked(run_folder / "run.lock", wait=False) if ranks.first else nullcontext():
+        job = prepare(recipe, ranks=ranks, echo=echo)
         _keep_recipe(job)
+        report_to = job.recipe if ranks.first else job.recipe.model_copy(update={"report_to": "none"})
         with (
             watching(job) as watch,
-            tracking(job.recipe, watch, run_folder, recipe.member, tell=echo) as both,
+            tracking(report_to, watch, run_folder, recipe.member, tell=echo) as both,
         ):
-            history = _run(job, both)
-        draw_loss(
-            history, run_folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}"
-        )
-        member = _publish(job, history)
-        for old in checkpoint.checkpoints(run_folder):
-            checkpoint.discard(old)
-    return Outcome(member, run_folder, history, job.trainable)
+            history = _run(job, both, echo)
+        ranks.gather({id(m.model): m.model for m in job.modules.values()}.values())
+        if ranks.first:
+            _finish(job, history)
+        ranks.wait()
+    return Outcome(read_family(folder).member(recipe.member), run_folder, history, job.trainable)
+
+
+def _nobody(job: Job) -> AbstractContextManager[Watch]:
+    return nullcontext(Silent())
+
+
+def _unheard(line: str) -> None:
+    """What only the first process says."""
+
+
+def _finish(job: Job, history: tuple[Mapping[str, Any], ...]) -> None:
+    recipe, folder = job.recipe, job.run_folder
+    draw_loss(history, folder / "loss.svg", title=f"{recipe.member}: {recipe.sharing}, {recipe.tuner}")
+    _publish(job, history)
+    for old in checkpoint.checkpoints(folder):
+        checkpoint.discard(old)
 
 
 def _check_name(family: Family, recipe: Recipe) -> None:
@@ -119,19 +140,24 @@ def _check_name(family: Family, recipe: Recipe) -> None:
     family.free_name(name, folder=folder)
 
 
-def _run(job: Job, watch: Watch) -> tuple[Mapping[str, Any], ...]:
+def _run(job: Job, watch: Watch, echo: Callable[[str], None]) -> tuple[Mapping[str, Any], ...]:
     recipe = job.recipe
     settings = settings_of(recipe, steps=job.steps, warmup=recipe.warmup_steps(job.steps))
-    run = Run(objective_of(job), job.parameters, settings, job.run_folder, _identity(job), watch, _judge(job))
+    objective = objective_of(job, tell=echo)
+    judge = _judge(job, echo)
+    run = Run(objective, job.parameters, settings, job.run_folder, _identity(job), watch, judge, job.ranks)
     return run.fit(resume=recipe.resume_from_checkpoint is not False).history
 
 
-def _judge(job: Job) -> Callable[[], Mapping[str, float]] | None:
+def _judge(job: Job, echo: Callable[[str], None]) -> Callable[[], Mapping[str, float]] | None:
     """What is measured on held-out data: the loss, and in the course of the run also right answers."""
     if not job.held_out:
         return None
     # At the end alone, whoever tunes asks the finished member, as it will be served.
     questions = job.questions if job.recipe.eval_steps else ()
+    if questions and not job.ranks.alone:
+        echo("answers are graded at the end only: in the course of a run one process does that, not several")
+        questions = ()
 
     def judge() -> Mapping[str, float]:
         loss = evaluation_loss(job.held_out, job.row, job.modules, bf16=job.recipe.bf16)
@@ -144,13 +170,17 @@ def _judge(job: Job) -> Callable[[], Mapping[str, float]] | None:
 
 
 def _identity(job: Job) -> str:
-    facts = job.recipe.model_dump(exclude=set(FREE)) | {
+    # Arguments that came later and are not used are left out: as runs say that were begun before.
+    unused = (*(() if job.recipe.dropbp else ("dropbp", "dropbp_rates")),)
+    unused += () if job.recipe.tuner == "paca" else ("columns",)
+    facts = job.recipe.model_dump(exclude={*FREE, *unused}) | {
         "report_to": "none",  # as runs say that were begun before it could be anything else
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
         "digests": {
             name: m.digest for name, m in job.family.modules.items() if name in (*job.row.modules, BASE)
         },
         **({"teacher_digest": job.teacher.digest} if job.teacher is not None else {}),
+        **({} if job.ranks.alone else {"processes": job.ranks.count}),
     }
     return identity_of(facts)
 
@@ -164,10 +194,13 @@ def _keep_recipe(job: Job) -> None:
         changed = changes(job.recipe, path, ignored=FREE)
         why = f" ({'; '.join(changed)})" if changed else ""
         checkpoint.refuse_other(job.run_folder, identity=_identity(job), why=why)
+    if not job.ranks.first:
+        return
     atomic_write_text(path, to_yaml(job.recipe))
+    keep_columns(job.run_folder, job.modules[job.own])
 
 
-def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
+def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> None:
     """Write the module, then the family's entry; a crash between the two leaves a folder that nobody names."""
     with changing(job.folder):
         family = read_family(job.folder)
@@ -177,9 +210,7 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
         with atomic_directory(job.folder / path) as partial:
             _save_own(job, partial)
         family = family.with_module(
-            describe_module(
-                job.folder, own, path, base=BASE if job.recipe.tuner == "lora" else None, family=family
-            )
+            describe_module(job.folder, own, path, base=BASE if job.recipe.adapts else None, family=family)
         )
         row = SHARINGS[job.recipe.sharing].instantiate(own)
         digests = {name: family.module(name).digest for name in row.modules}
@@ -190,17 +221,14 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> Member:
         }
         member = Member(job.recipe.member, row, job.recipe.sharing, digests, facts, losses)
         write_family(job.folder, family.with_member(member))
-    return member
 
 
 def _save_own(job: Job, target: Path) -> None:
-    recipe, base = job.recipe, module_folder(job.folder, job.family.module(BASE))
-    model = job.modules[job.own].model
-    if recipe.tuner == "lora":
-        assert recipe.r is not None and recipe.lora_alpha is not None
-        return save_adapter(target, model, job.own, r=recipe.r, alpha=recipe.lora_alpha, base=str(BASE))
+    base = module_folder(job.folder, job.family.module(BASE))
+    if job.recipe.adapts:
+        return save_own(target, job.modules[job.own], job.recipe)
     kind = next(read_tensors(weight_files(base)))[1].dtype  # as the base is stored
-    state = {name: tensor.to(kind) for name, tensor in state_of(model).items()}
+    state = {name: tensor.to(kind) for name, tensor in state_of(job.modules[job.own].model).items()}
     save_checkpoint(target, state, read_json(base / "config.json"))
 
 

@@ -14,7 +14,8 @@ from heliostat.cli.options import attribute_docs
 from heliostat.cli.training import recipe_of
 from heliostat.engine.request import Sampling
 from heliostat.errors import Refused
-from heliostat.train.recipe import Pace, PretrainRecipe, Recipe
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import Pace, Recipe
 from heliostat.train.spellings import SPELLINGS
 
 

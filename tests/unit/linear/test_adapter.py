@@ -13,13 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from heliostat.errors import Refused
 from heliostat.linear.adapter import (
+    adapter_bytes,
     adapter_facts,
     adapter_parameters,
+    columns_as_lora,
     digest_adapter,
     load_adapter,
+    read_adapter,
     save_adapter,
+    save_as_lora,
+    selected,
 )
-from heliostat.linear.lora import adapter_of, add_adapter, whole
+from heliostat.linear.columns import Columns
+from heliostat.linear.lora import adapter_of, add_adapter, parts_of, whole
 from heliostat.model.config import read_config
 from heliostat.model.seam import Causal
 from heliostat.model.transformer import Transformer
@@ -224,3 +230,103 @@ def test_the_digest_follows_tensors_scaling_and_base(saved: Path) -> None:
     assert digest_adapter(saved, "base digest") != first
     say(saved, lora_alpha=4, use_rslora=True)
     assert digest_adapter(saved, "base digest") != first
+
+
+# Tuned columns: PEFT's PaCA, and the LoRA that they are
+
+
+def by_hand(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """An adapter as PEFT 0.22 writes it, written without any code of ours: columns on q_proj and down_proj."""
+    folder.mkdir()
+    chance = torch.Generator().manual_seed(3)
+    state = {}
+    for layer in range(2):
+        for path, inputs in (("self_attn.q_proj", 32), ("mlp.down_proj", 64)):
+            head = f"base_model.model.model.layers.{layer}.{path}."
+            state[f"{head}paca_delta"] = 0.2 * torch.randn(32, 3, generator=chance)
+            state[f"{head}paca_indices"] = torch.randperm(inputs, generator=chance)[:3].sort().values
+    save_file(state, folder / "adapter_model.safetensors")
+    facts = {"peft_type": "PACA", "task_type": "CAUSAL_LM", "r": 3, "paca_alpha": 6, "random_seed": None}
+    facts |= {"target_modules": ["down_proj", "q_proj"], "init_weights": True, "modules_to_save": None}
+    (folder / "adapter_config.json").write_text(json.dumps(facts | options))
+    return state
+
+
+def test_we_run_columns_as_peft_writes_them(tiny_base: Path, tmp_path: Path) -> None:
+    state = by_hand(tmp_path / "paca")
+    model, plain = load(tiny_base), load(tiny_base)
+    load_adapter(tmp_path / "paca", model, "theirs")
+    for name, delta in state.items():
+        if name.endswith("paca_delta"):
+            path = name.removeprefix("base_model.model.").removesuffix(".paca_delta")
+            chosen = state[name.replace("paca_delta", "paca_indices")]
+            dict(plain.named_parameters())[f"{path}.weight"].data[:, chosen] += 6 / 3 * delta
+    torch.testing.assert_close(logits(model, "theirs"), logits(plain, None), rtol=0, atol=1e-5)
+    assert adapter_parameters(tmp_path / "paca") == 4 * 32 * 3
+    assert adapter_bytes(tmp_path / "paca", torch.bfloat16) == 4 * (32 * 3 * 2 + 3 * 8)
+
+
+def test_columns_are_a_lora_that_peft_runs_and_come_back_as_columns(tiny_base: Path, tmp_path: Path) -> None:
+    by_hand(tmp_path / "paca")
+    inputs = {path: 32 if "q_proj" in path else 64 for path in read_adapter(tmp_path / "paca")}
+    columns_as_lora(tmp_path / "paca", tmp_path / "lora", inputs)
+    model, back = load(tiny_base), load(tiny_base)
+    load_adapter(tmp_path / "paca", model, "x")
+    load_adapter(tmp_path / "lora", back, "x")
+    assert torch.equal(logits(model, "x"), logits(back, "x"))
+    assert all(isinstance(part, Columns) for part in parts_of(back, "x").values())
+    there = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(there, str(tmp_path / "lora")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, "x"), peft(IDS).logits, rtol=0, atol=1e-5)
+
+
+def test_ranks_that_differ_are_written_as_patterns(tiny_base: Path, tmp_path: Path) -> None:
+    paths = {f"model.layers.{layer}.self_attn.q_proj": r for layer, r in ((0, 2), (1, 5))}
+    columns = {path: (torch.randn(32, r), torch.arange(r)) for path, r in paths.items()}
+    save_as_lora(tmp_path, columns, dict.fromkeys(paths, 32), base="base")
+    model = load(tiny_base)
+    load_adapter(tmp_path, model, "x")
+    there = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(there, str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, "x"), peft(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_what_selects_columns_is_told_from_what_does_not() -> None:
+    one = torch.eye(6)[[4, 0]]
+    assert selected(one) is not None and selected(one).tolist() == [4, 0]  # type: ignore[union-attr]
+    assert selected(one.bfloat16()) is not None
+    for other in (
+        one * 2,
+        one + torch.eye(6)[[1, 1]],
+        torch.eye(6)[[2, 2]],
+        torch.zeros(2, 6),
+        torch.randn(2, 6),
+    ):
+        assert selected(other) is None
+
+
+def test_columns_that_do_not_fit_are_refused_by_name(tiny_base: Path, tmp_path: Path) -> None:
+    state = by_hand(tmp_path / "a")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.paca_{}"
+
+    def refused(message: str, **tensors: torch.Tensor | None) -> None:
+        changed = {**state, **{name.format(n): t for n, t in tensors.items() if t is not None}}
+        gone = {name.format(n) for n, t in tensors.items() if t is None}
+        save_file(
+            {n: t for n, t in changed.items() if n not in gone}, tmp_path / "a/adapter_model.safetensors"
+        )
+        with pytest.raises(Refused, match=message):
+            load_adapter(tmp_path / "a", load(tiny_base), "x")
+
+    refused("has only paca_delta", indices=None)
+    refused(r"columns of \(31, 3\)", delta=torch.zeros(31, 3))
+    refused("columns twice", indices=torch.tensor([1, 1, 2]))
+    refused("others than 0 to 31", indices=torch.tensor([1, 2, 32]))
+    refused("others than 0 to 31", indices=torch.tensor([-1, 2, 3]))
+    refused("not whole numbers", indices=torch.zeros(3))
+    for option, value in (("r", 0), ("paca_alpha", "much"), ("modules_to_save", ["lm_head"]), ("new", True)):
+        by_hand(tmp_path / option, **{option: value})
+        with pytest.raises(Refused, match=option):
+            adapter_facts(tmp_path / option)

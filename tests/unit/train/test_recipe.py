@@ -9,17 +9,8 @@ from hypothesis import strategies as st
 
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS
-from heliostat.train.recipe import (
-    ALL_LINEARS,
-    ANY,
-    DEFAULTS,
-    TARGETS,
-    Pace,
-    PretrainRecipe,
-    Recipe,
-    Settled,
-    widest_rank,
-)
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import ALL_LINEARS, ANY, DEFAULTS, TARGETS, Pace, Recipe, Settled, widest_rank
 from heliostat.train.spellings import SPELLINGS, make_recipe, read_recipe, to_yaml
 
 LEAST = {"family": "fam", "member": "math", "sharing": "sun", "data": "math.jsonl"}
@@ -41,7 +32,7 @@ class TestArguments:
 
     def test_the_defaults_table_is_complete(self) -> None:
         assert set(DEFAULTS) == {
-            (sharing, tuner) for sharing in (*SHARINGS, ANY) for tuner in ("full", "lora")
+            (sharing, tuner) for sharing in (*SHARINGS, ANY) for tuner in ("full", "lora", "paca")
         }
         assert {facts.targets for facts in SHARINGS.values()} <= set(TARGETS)
 
@@ -75,14 +66,21 @@ class TestArguments:
             ),
             (
                 {"tuner": "lorra"},
-                r"tuner is 'lorra'; it must be 'full' or 'lora', or 'auto' \(did you mean 'lora'\?\)",
+                r"tuner is 'lorra'; it must be 'full', 'lora' or 'paca', or 'auto' \(did you mean 'lora'\?\)",
             ),
             ({"lr_scheduler_type": "cosin"}, r"'warmup_stable_decay', or 'auto' \(did you mean 'cosine'\?\)"),
             ({"metric": "exakt"}, r"no metric 'exakt' \(did you mean 'exact'\?\)"),
             ({"learning_rte": 1}, r"no argument 'learning_rte' \(did you mean 'learning_rate'\?\)"),
             ({"zzz": 1}, "no argument 'zzz'$"),
-            ({"r": 8}, "r: for tuner lora only, and tuner is full"),
-            ({"r": 8, "target_modules": "q_proj"}, "r, target_modules: for tuner lora only"),
+            ({"r": 8}, "r: for tuner lora and paca only, and tuner is full"),
+            ({"r": 8, "target_modules": "q_proj"}, "r, target_modules: for tuner lora and paca only"),
+            ({"tuner": "lora", "columns": "norm"}, "columns: for tuner paca only, and tuner is lora"),
+            ({"tuner": "paca", "lora_alpha": 8}, "lora_alpha: for tuner lora only.* factor of learning_rate"),
+            (
+                {"tuner": "paca", "columns": "best"},
+                "columns is 'best'; it must be 'random', 'norm' or 'gradient'",
+            ),
+            ({"tuner": "paca", "r": 0}, "r is 0; it must be greater than or equal to 1"),
             ({"tuner": "lora", "r": 0}, "r is 0; it must be greater than or equal to 1"),
             ({"tuner": "lora", "target_modules": []}, r"target_modules is \[\]; it must be not empty"),
         ],
@@ -110,7 +108,7 @@ class TestArguments:
 
 
 class TestResolve:
-    @pytest.mark.parametrize("tuner", ["full", "lora"])
+    @pytest.mark.parametrize("tuner", ["full", "lora", "paca"])
     @pytest.mark.parametrize("sharing", SHARINGS)
     def test_no_auto_is_left(self, sharing: str, tuner: str) -> None:
         settled = recipe(sharing=sharing, tuner=tuner).resolve(bf16=True, hidden_size=4096)
@@ -125,6 +123,9 @@ class TestResolve:
         assert settled.warmup_steps(200) == round(200 * defaults.warmup_ratio)
         if tuner == "lora":
             assert (settled.r, settled.lora_alpha) == (defaults.r, 2 * defaults.r)
+            assert settled.target_modules == TARGETS[SHARINGS[sharing].targets]
+        elif tuner == "paca":
+            assert (settled.r, settled.lora_alpha, settled.columns) == (defaults.r, None, "random")
             assert settled.target_modules == TARGETS[SHARINGS[sharing].targets]
         else:
             assert (settled.r, settled.lora_alpha, settled.target_modules) == (None, None, None)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from heliostat.train.recipe import PretrainRecipe, Recipe
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import Recipe
 from heliostat.train.settings import identity_of, settings_of
 from heliostat.train.spellings import make_recipe
 

@@ -12,7 +12,8 @@ import pytest
 
 from heliostat.errors import Refused
 from heliostat.train import track
-from heliostat.train.recipe import PretrainRecipe, Recipe
+from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import Recipe
 from heliostat.train.spellings import make_recipe
 from heliostat.train.track import check_tracker
 from heliostat.train.tune import Outcome, _identity, prepare, tune

@@ -51,6 +51,10 @@ def everything_in(folder: Path) -> set[str]:
             {"tuner": "lora", "sharing": "icarus", "target_modules": "q_proj,k_proj,v_proj"},
             "target_modules k_proj, v_proj: under 'icarus' the member writes no keys",
         ),
+        (
+            {"tuner": "paca", "r": 33, "target_modules": "q_proj,down_proj"},
+            "r is 33: q_proj has 32 inputs, so no more columns can be tuned",
+        ),
         ({"max_length": 8}, "more than max_length 8"),
         ({"resume_from_checkpoint": True}, "--resume-from-checkpoint true, but .*m holds no checkpoint"),
         ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl"),
@@ -98,12 +102,14 @@ def test_a_job_holds_what_its_row_needs(bare_family: Path, tiny_data: Path) -> N
         ("sun", "full", {"m.own", "base"}),
         ("icarus", "lora", {"m.own", "base"}),
         ("independent", "lora", {"m.own", "base"}),
+        ("independent", "paca", {"m.own"}),  # its columns stand in the weights: there is no base any more
+        ("sun", "paca", {"m.own", "base"}),
     ):
         job = prepare(recipe(bare_family, tiny_data, sharing=sharing, tuner=tuner))
         assert job.modules.keys() == names and job.row == SHARINGS[sharing].instantiate("m.own")
         assert (len(job.examples), job.steps, job.skipped) == (24, 3, 0)
         assert (job.trainable == job.total) == ((sharing, tuner) == ("independent", "full"))
-        if tuner == "lora":
+        if "base" in names and tuner != "full":
             assert job.modules["base"].model is job.modules["m.own"].model
     assert not (bare_family / RUNS).exists()  # preparing writes nothing
 

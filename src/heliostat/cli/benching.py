@@ -1,0 +1,18 @@
+"""``heliostat bench``: what can be measured, each with a page of tables and pictures."""
+
+from __future__ import annotations
+
+import typer
+
+from heliostat.cli.measuring import client, replay
+from heliostat.cli.stepping import train
+
+bench = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure training here, or a server under load, side by side.",
+)
+bench.command("train")(train)
+bench.command("client")(client)
+bench.command("replay")(replay)
