@@ -19,6 +19,7 @@ POLICY = (
     "heliostat.engine.idle",
     "heliostat.engine.prefixes",
     "heliostat.engine.scheduler",
+    "heliostat.serve.protocol",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 
