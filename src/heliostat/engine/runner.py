@@ -22,15 +22,30 @@ from heliostat.ops.paging import PagedGroup, grouped_attention
 class Runner:
     """Modules and the page pool they write to. Knows no request's past and decides nothing."""
 
-    def __init__(self, modules: Mapping[str, Loaded], *, pages: int, page_size: int) -> None:
-        """All modules must have the shape of one config; the pool is float32 if any of them is."""
+    def __init__(
+        self,
+        modules: Mapping[str, Loaded],
+        *,
+        pages: int,
+        page_size: int,
+        share: tuple[str, str] | None = None,
+    ) -> None:
+        """All modules must have the shape of one config; the pool is float32 if any of them is.
+
+        ``share``: as PagePool's.
+        """
         models = {module.weights: module.model for module in modules.values()}
         first = next(iter(models.values()))
         kinds = {model.dtype for model in models.values()}
         dtype = torch.float32 if torch.float32 in kinds else first.dtype
         self.models: dict[str, Transformer] = models
         self.pool = PagePool(
-            first.config, pages=pages, page_size=page_size, dtype=dtype, device=str(first.device)
+            first.config,
+            pages=pages,
+            page_size=page_size,
+            dtype=dtype,
+            device=str(first.device),
+            share=share,
         )
         self.device = first.device
         self.ran = Ran()

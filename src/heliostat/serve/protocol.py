@@ -8,6 +8,7 @@ A worker never puts another module in a missing one's place: it answers ``Failed
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -56,6 +57,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """All that a worker must know to run one request."""
 
     id: str
+    """Used once: asking again, with the tokens said so far as ``answer``, is another order. The decoding of a handle
+    may have the id of its prefill, or another one."""
     member: str = ""
     """Whose counters it goes to; nothing is decided by it."""
     row: Row
@@ -82,11 +85,12 @@ class Handle(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     order: str
+    """As the worker calls it."""
     worker: str
     incarnation: str
     fit: str
-    writer: str
-    """Digest of the module that wrote the pages."""
+    content: str
+    """``content_of`` the order: what the pages hold, and who wrote them."""
     store: str
     """Name of the memory that they lie in."""
     tokens: int
@@ -98,6 +102,13 @@ class Handle(msgspec.Struct, frozen=True, kw_only=True):
     """Of each page's bytes."""
     lease: float
     """Seconds for which they are kept, from when this was sent."""
+
+
+def content_of(order: Order) -> str:
+    """Digest of all that decides what stands below an order's boundary: writer, tokens, tenant."""
+    boundary = order.row.boundary(len(order.prompt))
+    facts = (order.digests.get(order.row.prompt_writer), order.prompt[:boundary], order.salt)
+    return hashlib.sha256(msgspec.json.encode(facts)).hexdigest()
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
@@ -143,6 +154,7 @@ class Said(msgspec.Struct, frozen=True, tag=True):
 class Handed(msgspec.Struct, frozen=True, tag=True):
     """A prefill is done. Its pages are held until they are released or the lease is over."""
 
+    order: str
     handle: Handle | None
     """None where the first token ended the answer, so that nothing is left to decode."""
     spent: Spent
@@ -160,6 +172,7 @@ Code = Literal[
     "pages_gone",  # the handle's pages are not there (any more): lease over, reassigned, another life, damaged
     "pages_lost",  # it lost its pages here to others and its prompt_writer is not hosted here
     "deadline",
+    "aborted",  # by the one who asked
     "member_failed",  # its module makes numbers that are none, or its grammar cannot go on
     "engine_failed",  # the worker can answer nothing any more
     "worker_lost",  # no word from the worker, or words of it are missing
@@ -222,7 +235,7 @@ class Parting(msgspec.Struct, frozen=True, array_like=True):
 
 
 Hear = Callable[[Said | Failed], None]
-"""Called on the event loop, never from inside the call that it belongs to; last with ``finish`` or a Failed."""
+"""Called on the event loop, last with a Said that has ``finish`` or with a Failed."""
 
 
 class Worker(Protocol):
@@ -233,13 +246,10 @@ class Worker(Protocol):
         two."""
 
     async def prefill(self, order: Order) -> Handed | Failed:
-        """Run the positions below the boundary, and keep their pages for a while.
-
-        Cancelling it does not end the request at the worker: ``abort`` does.
-        """
+        """Run the positions below the boundary, and keep their pages for a while. Cancelling this aborts the order."""
 
     async def decode(self, order: Order, hear: Hear, handle: Handle | None = None) -> Failed | None:
-        """Take a request in; None: it is, and ``hear`` is told the rest, once or more.
+        """Take a request in; None: it is, and ``hear`` is told the rest, perhaps before this call has returned.
 
         With a handle, pages below the boundary are fetched from where they lie. Without one the worker must host the
         prompt_writer (unless no position is below the boundary) and does everything itself.
@@ -269,8 +279,8 @@ class Worker(Protocol):
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a worker process is started: sent as JSON through its standard input, which stays open while the parent
-    lives."""
+    """How a worker is started; a process gets it as a line of JSON on its standard input, which stays open while the
+    parent lives."""
 
     family: str
     """Path of its folder."""
@@ -286,10 +296,19 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_running: int = 64
     threads: int | None = None
     """None: as torch likes."""
-    endpoint: str
-    """Path of the socket, in a folder that only this user can enter."""
+    memory_mib: int | None = None
+    """Most memory for all; None: what the machine has left."""
+    hands: bool = True
+    """Whether other workers may read its pages; only on a CPU."""
+    endpoint: str = ""
+    """Path of the socket, in a folder that only this user can enter; empty where it is in the server's process."""
     store_prefix: str = "heliostat"
-    """What the name of its memory for pages begins with; the rest is its incarnation."""
+    """What the name of its memory for pages begins with."""
     lease: float = 30.0
     """Seconds for which handed pages are kept."""
     credit: int = 16
+
+    @property
+    def store(self) -> str:
+        """Name of its memory for pages."""
+        return f"{self.store_prefix}-{self.incarnation}"

@@ -1,0 +1,69 @@
+"""Prefill here, decode there: the answers are those of one process, token for token, in every row."""
+
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from heliostat.build import Loaded
+from heliostat.clock import run_virtual
+from heliostat.engine.request import Sampling
+from heliostat.family import Row
+from heliostat.model.tokenizer import Tokenizer
+from tests.promises.crews import assert_empty, crowd, make_worker, order_of
+from tests.promises.toys import PAGE, ROWS, Exactness, Job, make_engine, serve
+
+LENGTHS = (1, 2, PAGE - 1, PAGE, PAGE + 1, PAGE + 2, 2 * PAGE, 3 * PAGE + 1, 23)
+
+
+def jobs_of(rows: Mapping[str, Row], *, sampled: bool = False, repeats: int = 1) -> list[Job]:
+    """Prompts with common beginnings, their ends around the borders of pages."""
+    dice = random.Random(7)
+    stem = [dice.randrange(5, 250) for _ in range(max(LENGTHS))]
+    jobs = []
+    for number, (row, length) in enumerate((r, n) for r in rows.values() for n in LENGTHS * repeats):
+        keep = dice.randint(0, length)
+        prompt = (*stem[:keep], *(dice.randrange(5, 250) for _ in range(length - keep)))
+        temperature = 0.8 if sampled and number % 2 else 0.0
+        wish = Sampling(
+            max_tokens=dice.randint(1, 9), ignore_eos=True, logprobs=2, temperature=temperature, seed=number
+        )
+        jobs.append(Job(row, prompt, wish))
+    return jobs
+
+
+def halves(modules: Mapping[str, Loaded], row: Row) -> tuple[dict[str, Loaded], dict[str, Loaded]]:
+    """The modules that prefill needs, and those that decoding needs."""
+    return (
+        {row.prompt_writer: modules[row.prompt_writer]},
+        {name: modules[name] for name in (row.answer_writer, row.speaker)},
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_row_between_workers_that_host_only_their_half(
+    name: str, modules: dict[str, Loaded], tokenizer: Tokenizer, exactness: Exactness
+) -> None:
+    engine = make_engine(modules, tokenizer)
+    jobs = jobs_of({name: ROWS[name]})
+    alone = serve(engine, jobs)
+
+    async def apart() -> None:
+        first, second = (
+            make_worker(half, tokenizer, name=part)
+            for half, part in zip(halves(modules, ROWS[name]), ("prefill", "decode"), strict=True)
+        )
+        orders = [order_of(job, engine.digests) for job in jobs]
+        found = await crowd(orders, second, first)
+        for ours, theirs in zip(found, alone, strict=True):
+            exactness.same(ours.ids, theirs.ids, theirs.gaps)
+            if ours.ids == theirs.ids:
+                assert ours.chances == pytest.approx(theirs.logprobs, abs=1e-4)
+            assert ours.failures == ()
+        ran = second.core.engine.runner.ran.rows
+        assert set(ran) <= set(halves(modules, ROWS[name])[1])
+        await assert_empty(first, second)
+        await first.close()
+        await second.close()
+
+    run_virtual(apart())
