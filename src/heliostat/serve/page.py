@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, Template
 from starlette.responses import HTMLResponse, Response
 
-from heliostat.engine.prefixes import Meetings, Outcome
 from heliostat.serve.keys import Tenant
-from heliostat.serve.metrics import Snapshot
+from heliostat.serve.metrics_now import Snapshot
+from heliostat.serve.protocol import Parting
 from heliostat.serve.roster import family_name
 from heliostat.serve.service import Service
 
@@ -25,7 +25,7 @@ SAFE = {
     "Referrer-Policy": "no-referrer",
 }
 
-WHY: Mapping[Outcome, str] = {
+WHY: Mapping[str, str] = {
     "shared": "one reads the other's pages",
     "writer": "different modules write their prompts: nothing can be shared",
     "short": "prompts shorter than a page of {page_size} tokens",
@@ -51,9 +51,9 @@ def _written(service: Service, tenant: Tenant, now: Snapshot) -> list[tuple[str,
     return [(writer, held[writer], kept[writer]) for writer in sorted(held.keys() | kept.keys())]
 
 
-def _parting(pair: tuple[str, str], met: Meetings, *, page_size: int) -> dict[str, Any]:
+def _parting(pair: tuple[str, str], met: Parting, *, page_size: int) -> dict[str, Any]:
     """How much the prompts of two members have in common, and what mostly came of it."""
-    ((outcome, _),) = met.outcomes.most_common(1)
+    ((outcome, _),) = Counter(met.outcomes).most_common(1)
     return {
         "pair": pair,
         "count": met.count,
@@ -80,8 +80,8 @@ async def live(service: Service, tenant: Tenant) -> Response:
 
 async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
     """What the page tells, of members that this tenant may ask."""
-    metrics = service.owner.metrics
-    now = service.owner.metrics.snapshot if service.owner.failure else await service.look()
+    metrics = service.dispatcher.metrics
+    now = metrics.snapshot if service.failure else await service.look()
     first, gap = metrics.average(metrics.first), metrics.average(metrics.gap)
     members = [
         {
@@ -105,16 +105,17 @@ async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
         "hits": hits,
         "written": _written(service, tenant, now),
         "prefixes": [
-            _parting(pair, met, page_size=service.owner.engine.table.page_size)
+            _parting(pair, met, page_size=service.dispatcher.page_size)
             for pair, met in sorted(now.prefixes.items())
             if all(map(tenant.may, pair))
         ],
+        "workers": now.workers,
         "pages": now.pages,
         "used": now.pages - now.available,
         "kept": sum(now.idle.values()),
-        "unfinished": service.owner.unfinished,
-        "most": service.owner.most,
-        "state": "failed" if service.owner.failure else "draining" if service.draining else "ready",
-        "longest": service.owner.engine.max_length,
+        "unfinished": service.dispatcher.unfinished,
+        "most": service.dispatcher.most,
+        "state": "failed" if service.failure else "draining" if service.draining else "ready",
+        "longest": service.dispatcher.max_length,
         "chat": service.tokenizer.has_template,
     }
