@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,11 @@ import msgspec
 from heliostat.build import Loaded
 from heliostat.engine.store import Shelves
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.serve.faults import Chance, FaultyLine, Odds
+from heliostat.serve.link import Ends
+from heliostat.serve.link_client import RemoteWorker
+from heliostat.serve.link_server import Servant
+from heliostat.serve.log import Log
 from heliostat.serve.protocol import Failed, Order, Said, Worker
 from heliostat.serve.worker import EngineWorker
 from heliostat.serve.worker_core import Core
@@ -155,3 +161,32 @@ async def assert_empty(*workers: EngineWorker) -> None:
         stats = await worker.stats()
         assert stats.available == stats.pages and not stats.leased and not stats.arriving, stats
         assert worker.core.idle and not worker.core.engine.unfinished
+
+
+@dataclass
+class Linked:
+    """A worker behind a line with faults, and how it is asked from the other end."""
+
+    inside: EngineWorker
+    remote: RemoteWorker
+    servant: Servant
+    met: Counter[str]
+
+    async def close(self) -> None:
+        """Both ends."""
+        await self.remote.close()
+        self.servant.stop()
+        await self.inside.close()
+
+
+def linked(inside: EngineWorker, *, seed: int = 0, odds: Odds | None = None) -> Linked:
+    """``inside`` as if it were another process's."""
+    there, here = Ends.pair()
+    met: Counter[str] = Counter()
+    lines = [
+        FaultyLine(end, Chance(seed + n, odds or Odds(), met=met)) for n, end in enumerate((there, here))
+    ]
+    servant, remote = Servant(inside, lines[0], log=Log(None)), RemoteWorker(lines[1], log=Log(None))
+    servant.start()
+    remote.start()
+    return Linked(inside, remote, servant, met)

@@ -67,3 +67,42 @@ def test_each_row_between_workers_that_host_only_their_half(
         await second.close()
 
     run_virtual(apart())
+
+
+def everyone(modules: Mapping[str, Loaded]) -> tuple[dict[str, Loaded], dict[str, Loaded]]:
+    """The modules that prefill needs for all rows, and those that decoding needs: here none is the other's."""
+    rows = list(ROWS.values())
+    return (
+        {name: modules[name] for row in rows for name in [row.prompt_writer]},
+        {name: modules[name] for row in rows for name in (row.answer_writer, row.speaker)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("pages", "lease"), [(400, 30.0), (30, 30.0), (30, 0.03)], ids=["roomy", "tiny pools", "short leases"]
+)
+def test_64_at_once_over_all_rows(
+    pages: int, lease: float, modules: dict[str, Loaded], tokenizer: Tokenizer, exactness: Exactness
+) -> None:
+    engine = make_engine(modules, tokenizer)
+    dice = random.Random(3)
+    jobs = dice.sample(jobs_of(ROWS, sampled=True), 64)
+    alone = [found for job in jobs for found in serve(engine, [job])]
+
+    async def apart() -> None:
+        first, second = (
+            make_worker(half, tokenizer, name=part, pages=pages, lease=lease)
+            for half, part in zip(everyone(modules), ("prefill", "decode"), strict=True)
+        )
+        orders = [order_of(job, engine.digests) for job in jobs]
+        found = await crowd(orders, second, first, tries=2000)
+        for ours, theirs in zip(found, alone, strict=True):
+            exactness.same(ours.ids, theirs.ids, theirs.gaps)
+        failures = {code for told in found for code in told.failures}
+        print(failures, sum(len(t.failures) for t in found))
+        assert failures <= {"busy", "pages_gone", "pages_lost"}
+        await assert_empty(first, second)
+        await first.close()
+        await second.close()
+
+    run_virtual(apart())

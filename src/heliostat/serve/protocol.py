@@ -22,7 +22,7 @@ Token = int
 Finish = Literal["stop", "length"]
 
 
-class Described(msgspec.Struct, frozen=True, kw_only=True):
+class Described(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a worker is. All but ``modules`` and ``draining`` stay as they are for one life."""
 
     worker: str
@@ -192,7 +192,20 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     """Whether asking again, here or elsewhere, makes sense: with what was said so far as the order's ``answer``."""
 
 
-class Stats(msgspec.Struct, frozen=True, kw_only=True):
+STATUS: dict[Code, int] = {"refused": 400, "schema": 400, "busy": 429, "aborted": 499}
+"""What a client is told; 503 else."""
+RETRY: frozenset[Code] = frozenset(
+    {"module_missing", "busy", "draining", "pages_gone", "pages_lost", "engine_failed", "worker_lost"}
+)
+"""Where asking again makes sense."""
+
+
+def no(order: str, code: Code, reason: str) -> Failed:
+    """An order that ends without its answer."""
+    return Failed(order, STATUS.get(code, 503), code, reason, code in RETRY)
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a worker is doing. Counts by member, or by the engine's names of modules; totals since its start."""
 
     running: Mapping[str, int] = {}

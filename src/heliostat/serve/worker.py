@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from heliostat.engine.grammar import Grammars
 from heliostat.engine.request import Matcher
 from heliostat.errors import Refused
-from heliostat.serve.protocol import Described, Failed, Handed, Handle, Hear, Order, Said, Stats
+from heliostat.serve.protocol import Described, Failed, Handed, Handle, Hear, Order, Said, Stats, no
 from heliostat.serve.shelf import Shelf
-from heliostat.serve.worker_core import Core, Event, no
+from heliostat.serve.worker_core import Core, Event
 from heliostat.serve.worker_drive import Drive, Threaded
 
 T = TypeVar("T")

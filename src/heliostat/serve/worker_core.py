@@ -27,22 +27,12 @@ from heliostat.serve.protocol import (
     Sampled,
     Spent,
     Stats,
+    no,
 )
 from heliostat.serve.worker_lending import Lending, Terms, fit
 from heliostat.serve.worker_stats import Pace, stats_of
 
 Event = Said | Handed | Failed
-STATUS: dict[Code, int] = {"refused": 400, "schema": 400, "busy": 429, "aborted": 499}
-"""What a client is told; 503 else."""
-RETRY: frozenset[Code] = frozenset(
-    {"module_missing", "busy", "draining", "pages_gone", "pages_lost", "engine_failed", "worker_lost"}
-)
-"""Where asking again makes sense."""
-
-
-def no(order: str, code: Code, reason: str) -> Failed:
-    """An order that ends without its answer."""
-    return Failed(order, STATUS.get(code, 503), code, reason, code in RETRY)
 
 
 @dataclass(slots=True)
