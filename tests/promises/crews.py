@@ -6,6 +6,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,7 +27,7 @@ from heliostat.serve.worker_lending import Terms
 from tests.promises.toys import Job, make_engine
 
 _numbers = itertools.count()
-_RUN = secrets.token_hex(4)
+_RUN = f"heliostat-test-{secrets.token_hex(4)}"
 
 
 def make_worker(
@@ -42,9 +43,7 @@ def make_worker(
 ) -> EngineWorker:
     """A worker whose pages others can read; its loop is the one that is running."""
     incarnation = f"t{next(_numbers)}"
-    engine = make_engine(
-        modules, tokenizer, share=(f"heliostat-test-{_RUN}-{incarnation}", incarnation), **options
-    )
+    engine = make_engine(modules, tokenizer, share=(f"{_RUN}-{incarnation}", incarnation), **options)
     core = Core(
         engine, Terms(worker=name, incarnation=incarnation, lease=lease, credit=credit), shelves=shelves
     )
@@ -190,3 +189,9 @@ def linked(inside: EngineWorker, *, seed: int = 0, odds: Odds | None = None) -> 
     servant.start()
     remote.start()
     return Linked(inside, remote, servant, met)
+
+
+def forget_memories() -> None:
+    """Give up the names of all workers' pages: a test may leave its workers as they are."""
+    for path in Path("/dev/shm").glob(f"{_RUN}-*"):
+        path.unlink()

@@ -38,8 +38,12 @@ def spawn(settings: WorkerSettings) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if settings.threads is not None:
         environment["OMP_NUM_THREADS"] = str(settings.threads)
+    # In a session of its own: a Ctrl-C is for the server, which drains first.
     process = subprocess.Popen(
-        [sys.executable, "-m", "heliostat.serve.worker_process"], stdin=subprocess.PIPE, env=environment
+        [sys.executable, "-m", "heliostat.serve.worker_process"],
+        stdin=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
     )
     assert process.stdin is not None
     try:
@@ -52,7 +56,6 @@ def spawn(settings: WorkerSettings) -> subprocess.Popen[bytes]:
 
 def main(given: BinaryIO) -> int:
     """Serve until dismissed; returns the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the server, which drains first
     settings = msgspec.json.decode(given.readline(), type=WorkerSettings)
     held: list[EngineWorker] = []
     threading.Thread(target=_until_orphaned, args=(given, held), daemon=True).start()
