@@ -9,7 +9,7 @@ import typer
 
 from heliostat import __version__
 from heliostat.cli.answering import CacheMib, Device, Dtype
-from heliostat.cli.printing import Family, note
+from heliostat.cli.printing import note
 
 Seconds = Annotated[
     float | None, typer.Option(min=0.001, show_default=False, help="Most seconds for a request.")
@@ -18,7 +18,12 @@ Pem = typer.Option(show_default=False, help="PEM file; with the other one the se
 
 
 def serve(
-    family: Family,
+    family: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FAM]", help="Folder of the family; may be left out where the cluster file names it."
+        ),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to bind; others than loopback want --keys.")
     ] = "127.0.0.1",
@@ -35,6 +40,21 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, Pem] = None,
     tls_key: Annotated[Path | None, Pem] = None,
+    prefill_workers: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="So many processes that read prompts; with the next."),
+    ] = None,
+    decode_workers: Annotated[
+        int | None,
+        typer.Option(show_default=False, help="So many processes that speak; neither: one does all."),
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(show_default=False, help="YAML file that says which worker hosts which modules."),
+    ] = None,
+    print_cluster: Annotated[
+        bool, typer.Option("--print-cluster", help="Print the cluster file that this would be, and end.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     cache_mib: CacheMib = 1024,
@@ -44,15 +64,25 @@ def serve(
     max_running: Annotated[int, typer.Option(min=1, help="Most requests in a batch.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, help="Most requests in the queue; more get 429.")] = 256,
     deadline: Seconds = None,
+    patience: Annotated[
+        float,
+        typer.Option(min=0, help="Most seconds to wait for a worker where none is there for a request."),
+    ] = 60.0,
     drain: Annotated[float, typer.Option(min=0, help="Most seconds to finish after SIGTERM.")] = 30.0,
     max_body_mib: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MiB.")] = 8,
 ) -> None:
-    """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once."""
-    from heliostat.serve.run import Settings
+    """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once.
+
+    With --prefill-workers and --decode-workers, or a --cluster file, worker processes answer instead of this one.
+    """
+    from heliostat.serve.run import Settings, cluster_text
     from heliostat.serve.run import serve as run
 
     settings = Settings(
         family=family,
+        cluster=cluster,
+        prefill_workers=prefill_workers,
+        decode_workers=decode_workers,
         host=host,
         port=port,
         members=member or None,
@@ -67,8 +97,12 @@ def serve(
         max_running=max_running,
         max_waiting=max_waiting,
         deadline=deadline,
+        patience=patience,
         drain=drain,
         max_body_mib=max_body_mib,
     )
-    note(f"loading {family} ...")
+    if print_cluster:
+        print(cluster_text(settings), end="")
+        return
+    note(f"loading {family or cluster} ...")
     run(settings, version=__version__)

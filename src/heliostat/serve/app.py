@@ -275,8 +275,11 @@ async def unload(member: str, service: Serving) -> Response:
 
 @router.get("/health")
 async def health(service: Serving) -> Response:
-    """200 while it is well and not shutting down."""
-    return Json({"status": "ok"}) if service.ready else Json({"status": _state(service)}, 503)
+    """200 while it is well and not shutting down; which workers are not as they should be."""
+    state: dict[str, Any] = {"status": _state(service)}
+    if missing := service.crew.missing():
+        state["workers"] = missing
+    return Json(state, 200 if service.ready else 503)
 
 
 @router.get("/ready")

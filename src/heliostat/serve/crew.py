@@ -37,6 +37,9 @@ class Crew(Protocol):
     def standing(self, stats: Mapping[str, Stats]) -> tuple[Standing, ...]:
         """How each is, by what was asked of them just now."""
 
+    def missing(self) -> Mapping[str, str]:
+        """Workers that are not there, and how that is."""
+
     async def host(self, source: str) -> tuple[Row, Mapping[str, str]]:
         """Have a member, or a module alone, hosted as the folder has it now: its row over the engines' names, and
         their digests of its modules. Refused where that cannot be, and nothing is changed."""
@@ -127,6 +130,10 @@ class Alone:
     def standing(self, stats: Mapping[str, Stats]) -> tuple[Standing, ...]:
         """Nothing that the server itself does not tell."""
         return ()
+
+    def missing(self) -> Mapping[str, str]:
+        """Its failure is the server's."""
+        return {}
 
     async def host(self, source: str) -> tuple[Row, Mapping[str, str]]:
         """On the one worker."""

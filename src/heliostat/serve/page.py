@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -12,7 +13,7 @@ from jinja2 import Environment, Template
 from starlette.responses import HTMLResponse, Response
 
 from heliostat.serve.keys import Tenant
-from heliostat.serve.metrics_now import Snapshot
+from heliostat.serve.metrics_now import Snapshot, Standing
 from heliostat.serve.protocol import Parting
 from heliostat.serve.roster import family_name
 from heliostat.serve.service import Service
@@ -39,11 +40,21 @@ def _template() -> Template:
     return Environment(autoescape=True).from_string(text)
 
 
-def _written(service: Service, tenant: Tenant, now: Snapshot) -> list[tuple[str, int, int]]:
-    """(writer, pages held, pages kept); modules that no member of this tenant needs go without a name."""
+def _known(service: Service, tenant: Tenant) -> set[str]:
+    """Modules that the members of this tenant need; the others' go without a name."""
     seats = service.roster.seats.items()
     versions = [version for member, seat in seats if tenant.may(member) for version in seat.versions]
-    known = {family_name(module) for version in versions for module in version.row.modules}
+    return {family_name(module) for version in versions for module in version.row.modules}
+
+
+def _hosted(standing: Standing, known: set[str]) -> Standing:
+    others = len(set(standing.modules) - known)
+    named = sorted(known.intersection(standing.modules))
+    return replace(standing, modules=(*named, *([f"{others} more"] if others else [])))
+
+
+def _written(known: set[str], now: Snapshot) -> list[tuple[str, int, int]]:
+    """(writer, pages held, pages kept)."""
     held, kept = Counter[str](), Counter[str]()
     for counts, found in ((now.held, held), (now.idle, kept)):
         for writer, count in counts.items():
@@ -99,17 +110,18 @@ async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
         for version in seat.versions
         if tenant.may(member)
     ]
+    known = _known(service, tenant)
     hits = [(w, m, tokens) for (w, m), tokens in sorted(now.shared_hits.items()) if tenant.may(m)]
     return {
         "members": members,
         "hits": hits,
-        "written": _written(service, tenant, now),
+        "written": _written(known, now),
         "prefixes": [
             _parting(pair, met, page_size=service.dispatcher.page_size)
             for pair, met in sorted(now.prefixes.items())
             if all(map(tenant.may, pair))
         ],
-        "workers": now.workers,
+        "workers": [_hosted(standing, known) for standing in now.workers],
         "pages": now.pages,
         "used": now.pages - now.available,
         "kept": sum(now.idle.values()),

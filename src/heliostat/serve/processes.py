@@ -21,7 +21,8 @@ from heliostat.family import Family
 from heliostat.llm import parse_dtype
 from heliostat.serve.cluster import Cluster, Place
 from heliostat.serve.dispatch import Dispatcher
-from heliostat.serve.link import RemoteWorker, connect
+from heliostat.serve.link import Wire
+from heliostat.serve.link_client import RemoteWorker
 from heliostat.serve.log import Log
 from heliostat.serve.protocol import WorkerSettings
 from heliostat.serve.supervisor import Supervisor
@@ -29,6 +30,8 @@ from heliostat.serve.worker_process import spawn
 
 STORE = "heliostat-"
 """What the names of all servers' memory for pages begin with."""
+SILENT = 30.0
+"""Seconds without any word after which a process is taken for dead."""
 _LOOK = 0.05
 """Seconds between two looks whether a process is ready, or gone."""
 
@@ -52,17 +55,31 @@ class Process:
         self._process, self.worker = process, worker
 
     async def ended(self) -> str:
-        """How it ended, when it has."""
-        return await _ended(self._process)
+        """How it ended, when it has; one that is alive and says nothing is ended here."""
+        why = ""
+        while self._process.poll() is None:
+            if not why and self.worker.silent > SILENT:
+                why = f"said nothing for {SILENT:g} s"
+                self.kill()
+            await asyncio.sleep(_LOOK)
+        why = why or _how(self._process)
+        self.worker.lost(f"the worker {why}")
+        return why
+
+    async def end(self) -> None:
+        """It lives while somebody holds its input open."""
+        await self.worker.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        while self._process.poll() is None:
+            await asyncio.sleep(_LOOK)
 
     def kill(self) -> None:
         """At once."""
         self._process.kill()
 
 
-async def _ended(process: Popen[bytes]) -> str:
-    while process.poll() is None:
-        await asyncio.sleep(_LOOK)
+def _how(process: Popen[bytes]) -> str:
     status = process.returncode
     return f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
@@ -70,9 +87,9 @@ async def _ended(process: Popen[bytes]) -> str:
 class Starter:
     """Starts processes in a folder of their own that nobody else can enter, and that goes with the server."""
 
-    def __init__(self, means: Means, cluster: Cluster, caches: Mapping[str, int]) -> None:
+    def __init__(self, means: Means, cluster: Cluster, caches: Mapping[str, int], log: Log) -> None:
         """``caches``: MiB for pages, by worker."""
-        self._means, self._caches = means, caches
+        self._means, self._caches, self._log = means, caches, log
         self._share = max(1, (os.cpu_count() or 1) // len(cluster.places))
         self._folder = Path(tempfile.mkdtemp(prefix="heliostat-"))
         self._store = f"{STORE}{os.getpid()}-{secrets.token_hex(4)}"
@@ -97,19 +114,17 @@ class Starter:
             store_prefix=self._store,
         )
         process = spawn(settings)
-        connecting = asyncio.ensure_future(connect(str(endpoint)))
-        ending = asyncio.ensure_future(_ended(process))
         try:
-            await asyncio.wait({connecting, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if not connecting.done():
-                raise ConnectionError(ending.result())
-            return Process(process, connecting.result())
+            while not endpoint.exists():
+                if process.poll() is not None:
+                    raise ConnectionError(_how(process))
+                await asyncio.sleep(_LOOK)
         except BaseException:
             process.kill()
             raise
-        finally:
-            for task in (connecting, ending):
-                task.cancel()
+        worker = RemoteWorker(Wire(endpoint, bind=False), log=self._log)
+        worker.start()
+        return Process(process, worker)
 
     def sweep(self) -> None:
         """Remove memory that dead workers of ours left."""
@@ -125,7 +140,7 @@ def processes(
     cluster: Cluster, family: Family, dispatcher: Dispatcher, means: Means, *, tokenizer: str, log: Log
 ) -> Supervisor:
     """The crew of a cluster. Refused, with the numbers, where it does not fit into memory together."""
-    starter = Starter(means, cluster, caches_of(cluster, family, means))
+    starter = Starter(means, cluster, caches_of(cluster, family, means), log)
     return Supervisor(
         cluster,
         {name: module.digest for name, module in family.modules.items()},

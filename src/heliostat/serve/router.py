@@ -244,11 +244,15 @@ class Router:
         if not others:
             return Route(seat.offer.worker, None, here)
         helper, there = self._helper(wish, others, found)
-        if writers & bit:
+        # Who only decodes prefills no more than the end of what it has.
+        if writers & bit and (helpers & bit or here < len(wish.order.prompt)):
             own, away = self._cost_here(seat, here), self._cost_there(wish, seat, helper, here, there)
-            unknown = own is None or away is None
-            if helpers & bit if unknown else own <= away:  # type: ignore[operator]
-                return Route(seat.offer.worker, None, here, short=not unknown)
+            if own is None or away is None:
+                cheaper = bool(helpers & bit)
+            else:
+                cheaper = own <= away
+            if cheaper:
+                return Route(seat.offer.worker, None, here, short=not helpers & bit)
             seat.costs.prefill.forget()
         return Route(seat.offer.worker, helper.offer.worker, there)
 

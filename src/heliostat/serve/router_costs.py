@@ -35,9 +35,12 @@ class Line:
     def at(self, units: float) -> float:
         """Seconds for so many units; both parts of the line are at least 0."""
         spread = self._xx - self._x * self._x
-        slope = (self._xy - self._x * self._y) / spread if spread > 1e-9 * self._xx else -1.0
-        if slope < 0 or slope * self._x > self._y:  # all alike, or nonsense: through the origin
-            slope = self._y / self._x if self._x else 0.0
+        through_origin = self._y / self._x if self._x else 0.0
+        if spread <= 1e-9 * self._xx:  # all alike: no more is known
+            slope = through_origin
+        else:
+            slope = (self._xy - self._x * self._y) / spread
+            slope = min(max(slope, 0.0), through_origin)
         return self._y + slope * (units - self._x)
 
 

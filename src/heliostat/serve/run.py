@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from heliostat.build import load_tokenizer, modules_of, read_family, verify_member
 from heliostat.errors import Refused
-from heliostat.family import BASE
+from heliostat.family import BASE, Family, Row
 from heliostat.serve.app import build
 from heliostat.serve.cluster import Cluster, laid_out
 from heliostat.serve.cluster import read as read_cluster
@@ -27,6 +27,7 @@ from heliostat.serve.gate import host_names, is_loopback
 from heliostat.serve.keys import Keys
 from heliostat.serve.log import Log
 from heliostat.serve.metrics import Metrics
+from heliostat.serve.processes import Means, processes
 from heliostat.serve.protocol import WorkerSettings
 from heliostat.serve.service import Limits, Service
 from heliostat.serve.worker_start import worker_of
@@ -94,30 +95,19 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
     """Read what is to be served and put everything together; one process loads its weights here, nothing listens yet."""
     keys = Keys.read(settings.keys) if settings.keys is not None else None
     log = log or Log()
-    cluster = cluster_of(settings)
-    folder = _folder(settings, cluster)
-    family = read_family(folder)
+    folder, family, rows, cluster = _planned(settings)
     tokenizer = load_tokenizer(folder, family)
-    names = list(dict.fromkeys(settings.members or [*family.members, BASE]))
-    rows = {name: family.row(name) for name in names}
-    for name in family.members.keys() & rows.keys():
-        verify_member(family, name)
     dispatcher = Dispatcher(
-        Metrics(names),
+        Metrics(rows),
         max_waiting=settings.max_waiting,
         deadline=settings.deadline,
         patience=settings.patience,
     )
     if cluster is None:
-        digests = {name: family.module(name).digest for name in modules_of(family, names)}
+        digests = {name: family.module(name).digest for name in modules_of(family, rows)}
         worker = worker_of(_alone(settings, folder, digests))
         crew: Crew = Alone(worker, HERE, dispatcher, folder, tokenizer.digest)
     else:
-        cluster = cluster.filled(rows)
-        cluster.refuse_unreachable()
-        cluster.refuse_unplayable(family, rows)
-        from heliostat.serve.processes import processes
-
         crew = processes(
             cluster, family, dispatcher, _means(settings, folder), tokenizer=tokenizer.digest, log=log
         )
@@ -133,13 +123,33 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
     )
 
 
-def cluster_of(settings: Settings) -> Cluster | None:
-    """The cluster that was asked for; None: one process."""
+def cluster_text(settings: Settings) -> str:
+    """The cluster that these settings make, as a file that would make it."""
+    folder, _, _, cluster = _planned(settings)
+    if cluster is None:
+        raise Refused(
+            "one process does all: there is no cluster; give --prefill-workers and --decode-workers"
+        )
+    return replace(cluster, family=str(folder.resolve())).to_yaml()
+
+
+def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster | None]:
+    """The family and where it lies, the rows that are served, and by which workers; None: by this process."""
+    cluster = None
     if settings.cluster is not None:
-        return read_cluster(settings.cluster)
-    if settings.prefill_workers is None and settings.decode_workers is None:
-        return None
-    return laid_out(prefill=settings.prefill_workers or 0, decode=settings.decode_workers or 0)
+        cluster = read_cluster(settings.cluster)
+    elif (settings.prefill_workers, settings.decode_workers) != (None, None):
+        cluster = laid_out(prefill=settings.prefill_workers or 0, decode=settings.decode_workers or 0)
+    folder = _folder(settings, cluster)
+    family = read_family(folder)
+    rows = {name: family.row(name) for name in settings.members or [*family.members, BASE]}
+    for name in family.members.keys() & rows.keys():
+        verify_member(family, name)
+    if cluster is not None:
+        cluster = cluster.filled(rows)
+        cluster.refuse_unreachable()
+        cluster.refuse_unplayable(family, rows)
+    return folder, family, rows, cluster
 
 
 def _folder(settings: Settings, cluster: Cluster | None) -> Path:
@@ -170,8 +180,6 @@ def _alone(settings: Settings, folder: Path, digests: Mapping[str, str]) -> Work
 
 
 def _means(settings: Settings, folder: Path) -> Means:
-    from heliostat.serve.processes import Means
-
     return Means(
         family=folder,
         dtype=settings.dtype,

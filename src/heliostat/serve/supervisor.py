@@ -42,6 +42,9 @@ class Running(Protocol):
     async def ended(self) -> str:
         """Returns when the process is gone: how."""
 
+    async def end(self) -> None:
+        """Have it end by itself; returns when it has."""
+
     def kill(self) -> None:
         """End it at once."""
 
@@ -129,17 +132,13 @@ class Supervisor:
             self._dispatcher.leave(post.place.name)
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
-                await asyncio.gather(*(self._end(one) for one in running), return_exceptions=True)
+                await asyncio.gather(*(one.end() for one in running), return_exceptions=True)
         for one in running:
             one.kill()
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS):
                 await asyncio.gather(*(one.ended() for one in running))
         self._at_last()
-
-    async def _end(self, running: Running) -> None:
-        await running.worker.close()
-        await running.ended()
 
     # ---- one worker
 
@@ -238,6 +237,10 @@ class Supervisor:
             pages=stats.pages if stats is not None else 0,
             available=stats.available if stats is not None else 0,
         )
+
+    def missing(self) -> Mapping[str, str]:
+        """Those that are being started, or were given up."""
+        return {name: post.state for name, post in self._posts.items() if post.state != "up"}
 
     async def host(self, source: str) -> tuple[Row, Mapping[str, str]]:
         """Where the cluster places the row's modules."""

@@ -125,7 +125,8 @@ def test_every_metric_of_the_dashboard_exists(serving: Serving) -> None:
             told = set(re.findall(r"^(?:# TYPE )?(heliostat_\w+)", text, flags=re.MULTILINE))
             assert len(names) > 12 and names - told == set()
             assert {name for label in labels for name in label.split(", ")} <= {
-                *("le", "member", "other", "outcome", "writer", "module", "status", "finished_reason")
+                *("le", "member", "other", "outcome", "writer", "module", "status", "finished_reason"),
+                *("phase", "worker", "reason"),
             }
             pace.left = 10**6
             await task
