@@ -1,7 +1,9 @@
 """Prefill here, decode there: the answers are those of one process, token for token, in every row."""
 
+import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +12,7 @@ from heliostat.clock import run_virtual
 from heliostat.engine.request import Sampling
 from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
-from tests.promises.crews import assert_empty, crowd, make_worker, order_of
+from tests.promises.crews import Listener, assert_empty, crowd, make_worker, order_of
 from tests.promises.toys import PAGE, ROWS, Exactness, Job, make_engine, serve
 
 LENGTHS = (1, 2, PAGE - 1, PAGE, PAGE + 1, PAGE + 2, 2 * PAGE, 3 * PAGE + 1, 23)
@@ -99,10 +101,86 @@ def test_64_at_once_over_all_rows(
         for ours, theirs in zip(found, alone, strict=True):
             exactness.same(ours.ids, theirs.ids, theirs.gaps)
         failures = {code for told in found for code in told.failures}
-        print(failures, sum(len(t.failures) for t in found))
         assert failures <= {"busy", "pages_gone", "pages_lost"}
         await assert_empty(first, second)
         await first.close()
         await second.close()
+
+    run_virtual(apart())
+
+
+WORDS = ["one", "two", "three", "add", "hello", "and", "5", "the"]
+SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1, 22]}}, "required": ["a"]}'
+
+
+@pytest.mark.parametrize("name", ["sun-a", "prefillshare-la", "icarus-la", "independent-a", "three-mixed"])
+@pytest.mark.parametrize("kind", ["grammar", "stop string", "penalties", "resumed"])
+def test_what_sampling_needs_to_remember_goes_along(
+    kind: str, name: str, modules: dict[str, Loaded], tokenizer: Tokenizer
+) -> None:
+    """Grammars, stop strings that span tokens, penalties and held-back text are those of one process."""
+    row = ROWS[name]
+    wish = {
+        "grammar": Sampling(max_tokens=95),
+        "stop string": Sampling(max_tokens=16, ignore_eos=True, temperature=1.0, seed=5),
+        "penalties": Sampling(
+            max_tokens=10, ignore_eos=True, frequency_penalty=1.5, presence_penalty=1.0, logit_bias={17: 4.0}
+        ),
+        "resumed": Sampling(max_tokens=12, ignore_eos=True, temperature=1.0, seed=2),
+    }[kind]
+    prompt = tuple(tokenizer.plain_prompt_ids(" ".join(WORDS)))
+
+    async def apart() -> None:
+        whole = make_worker(modules, tokenizer, name="whole")
+        halved = halves(modules, row)
+        first, second = (
+            make_worker(half, tokenizer, name=part)
+            for half, part in zip(halved, ("prefill", "decode"), strict=True)
+        )
+        job = Job(row, prompt, wish)
+        digests = whole.core.engine.digests
+        more = {"schema": SCHEMA} if kind == "grammar" else {}
+        if kind == "stop string":
+            (free,) = await crowd([order_of(job, digests)], whole)
+            stop = free.text[5:8]
+            job = Job(row, prompt, replace(wish, stop=(stop,)))
+        order = order_of(job, digests, **more)
+        (alone,) = await crowd([order], whole)
+        if kind == "resumed":
+            for place in range(1, len(alone.ids)):
+                rest = order_of(job, digests, answer=alone.ids[:place])
+                (told,) = await crowd([rest], second, first)
+                assert told.ids == alone.ids[place:] and alone.text.endswith(told.text)
+        (told,) = await crowd([order_of(job, digests, **more)], second, first)
+        assert told == alone
+        if kind == "grammar":
+            # A toy may well use up its tokens on the white space that the grammar allows.
+            assert told.finish == "length" or json.loads(told.text)["a"] in (1, 22)
+        if kind == "stop string":
+            assert told.finish == "stop" and stop not in told.text
+        await assert_empty(first, second, whole)
+
+    run_virtual(apart())
+
+
+def test_text_that_is_told_so_far_and_text_that_follows_are_the_whole(
+    modules: dict[str, Loaded], tokenizer: Tokenizer
+) -> None:
+    """Where an answer goes on after each of its tokens, no character is told twice or lost."""
+    job = Job(
+        ROWS["independent-a"], (9, 8, 7), Sampling(max_tokens=16, ignore_eos=True, temperature=1.0, seed=9)
+    )
+
+    async def apart() -> None:
+        worker = make_worker(modules, tokenizer)
+        listener = Listener()
+        digests = worker.core.engine.digests
+        assert await worker.decode(order_of(job, digests), listener.hear) is None
+        await listener.ended.wait()
+        texts = [said.text for said in listener.said]
+        ids = tuple(said.sampled.token for said in listener.said)
+        for place in range(1, len(ids)):
+            (told,) = await crowd([order_of(job, digests, answer=ids[:place])], worker)
+            assert told.text == "".join(texts[place:]) and told.ids == ids[place:]
 
     run_virtual(apart())
