@@ -39,7 +39,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return done
 
 
-class _Leap(selectors.DefaultSelector):  # type: ignore[valid-type, misc]
+class _Leap(selectors.DefaultSelector):
     """Looks once and never waits."""
 
     def __init__(self, loop: VirtualLoop) -> None:

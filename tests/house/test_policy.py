@@ -19,6 +19,9 @@ POLICY = (
     "heliostat.engine.idle",
     "heliostat.engine.prefixes",
     "heliostat.engine.scheduler",
+    "heliostat.engine.store",
+    "heliostat.engine.arrivals",
+    "heliostat.clock",
     "heliostat.serve.protocol",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})

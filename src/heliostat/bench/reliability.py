@@ -31,7 +31,7 @@ PLOTS: Mapping[str, Plot] = {
     "pages": Plot(requests=1500, seed=3, pages=PAGES),
     "tiny pools, short leases": Plot(requests=1500, seed=4, pool=26, lease=0.3),
     "deaths": Plot(requests=1500, seed=5, deaths=4.0),
-    "clients leave": Plot(requests=1500, seed=6, leaving=0.5),
+    "nine of ten clients leave": Plot(requests=1500, seed=6, leaving=0.9),
     "all at once": Plot(
         requests=1500, seed=7, frames=FRAMES, pages=PAGES, deaths=5.0, leaving=0.1, pool=40, lease=1.0
     ),

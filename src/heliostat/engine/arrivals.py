@@ -38,7 +38,7 @@ class Arrivals:
     def bring(self) -> list[tuple[Request, str]]:
         """Fill the next pages; returns requests that ended because theirs are gone, and why."""
         room, ended = self.step_bytes, []
-        for request in self.scheduler.arriving:
+        for request in self.scheduler.arriving if self._fetches else ():
             try:
                 room = self._fill(request, self._fetches[request.id], room)
             except Gone as gone:

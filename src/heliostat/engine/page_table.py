@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, MutableSequence, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from heliostat.engine.idle import Idle
 from heliostat.engine.request import Request
@@ -65,6 +66,14 @@ class _Published:
     member: str
 
 
+class Generations(Protocol):
+    """A number for each page, which others may be looking at."""
+
+    def __getitem__(self, page: int, /) -> int: ...
+
+    def __setitem__(self, page: int, generation: int, /) -> None: ...
+
+
 class PageTable:
     """A pool of ``pages`` pages of ``page_size`` positions each (S).
 
@@ -78,16 +87,14 @@ class PageTable:
     has been found at most as often as they, and came to rest no later.
     """
 
-    def __init__(
-        self, pages: int, *, page_size: int, generations: MutableSequence[int] | None = None
-    ) -> None:
-        """``generations`` [P]: raised whenever a page is given out to be written; others may look at them."""
+    def __init__(self, pages: int, *, page_size: int, generations: Generations | None = None) -> None:
+        """``generations`` [P]: a page's is raised whenever it is given out to be written."""
         if pages < 1 or page_size < 1:
             raise Refused(f"a pool of {pages} pages of {page_size} positions; both must be at least 1")
         self.pages = pages
         self.page_size = page_size
         self.counters = Counters()
-        self.generations: MutableSequence[int] = [0] * pages if generations is None else generations
+        self.generations: Generations = [0] * pages if generations is None else generations
         self._free = list(range(pages - 1, -1, -1))
         self._idle = Idle()
         self._hits = [0] * pages

@@ -56,7 +56,14 @@ def stats_of(engine: Engine, pace: Pace, *, leased: int, arriving: int) -> Stats
         rows=dict(ran.rows),
         passes=dict(ran.passes),
         prefixes=tuple(
-            Parting(*pair, met.count, met.common, met.tokens, met.shared, dict(met.outcomes))
+            Parting(
+                *pair,
+                met.count,
+                met.common,
+                met.tokens,
+                met.shared,
+                {str(o): n for o, n in met.outcomes.items()},
+            )
             for pair, met in engine.prefixes.pairs.items()
         ),
         position_seconds=pace.position,
