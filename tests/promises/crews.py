@@ -22,7 +22,7 @@ from heliostat.serve.log import Log
 from heliostat.serve.protocol import Failed, Order, Said, Worker
 from heliostat.serve.worker import EngineWorker
 from heliostat.serve.worker_core import Core
-from heliostat.serve.worker_drive import Paced
+from heliostat.serve.worker_drive import Drive, Paced
 from heliostat.serve.worker_lending import Terms
 from tests.promises.toys import Job, make_engine
 
@@ -39,6 +39,7 @@ def make_worker(
     credit: int = 16,
     pace: float = 0.01,
     shelves: Shelves | None = None,
+    drive: Drive | None = None,
     **options: Any,
 ) -> EngineWorker:
     """A worker whose pages others can read; its loop is the one that is running."""
@@ -47,7 +48,7 @@ def make_worker(
     core = Core(
         engine, Terms(worker=name, incarnation=incarnation, lease=lease, credit=credit), shelves=shelves
     )
-    worker = EngineWorker(core, drive=Paced(pace))
+    worker = EngineWorker(core, drive=drive or Paced(pace))
     worker.start()
     return worker
 

@@ -1,5 +1,6 @@
 """Prefill here, decode there: the answers are those of one process, token for token, in every row."""
 
+import asyncio
 import json
 import random
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from heliostat.clock import run_virtual
 from heliostat.engine.request import Sampling
 from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.serve.worker_drive import Threaded
 from tests.promises.crews import Listener, assert_empty, crowd, make_worker, order_of
 from tests.promises.toys import PAGE, ROWS, Exactness, Job, make_engine, serve
 
@@ -89,7 +91,7 @@ def test_64_at_once_over_all_rows(
     engine = make_engine(modules, tokenizer)
     dice = random.Random(3)
     jobs = dice.sample(jobs_of(ROWS, sampled=True), 64)
-    alone = [found for job in jobs for found in serve(engine, [job])]
+    alone = serve(engine, jobs)
 
     async def apart() -> None:
         first, second = (
@@ -107,6 +109,30 @@ def test_64_at_once_over_all_rows(
         await second.close()
 
     run_virtual(apart())
+
+
+def test_64_at_once_on_real_threads(
+    modules: dict[str, Loaded], tokenizer: Tokenizer, exactness: Exactness
+) -> None:
+    engine = make_engine(modules, tokenizer)
+    jobs = random.Random(4).sample(jobs_of(ROWS, sampled=True), 64)
+    alone = serve(engine, jobs)
+
+    async def apart() -> None:
+        first, second = (
+            make_worker(half, tokenizer, name=part, pages=40, drive=Threaded())
+            for half, part in zip(everyone(modules), ("prefill", "decode"), strict=True)
+        )
+        orders = [order_of(job, engine.digests) for job in jobs]
+        async with asyncio.timeout(100):
+            found = await crowd(orders, second, first, tries=2000)
+            for ours, theirs in zip(found, alone, strict=True):
+                exactness.same(ours.ids, theirs.ids, theirs.gaps)
+            await assert_empty(first, second)
+        await first.close()
+        await second.close()
+
+    asyncio.run(apart())
 
 
 WORDS = ["one", "two", "three", "add", "hello", "and", "5", "the"]

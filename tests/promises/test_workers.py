@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -27,7 +28,7 @@ def job(prompt: tuple[int, ...] = PROMPT, *, max_tokens: int = 6, row: Row = ROW
     return Job(row, prompt, Sampling(max_tokens=max_tokens, ignore_eos=True, logprobs=2))
 
 
-def workers(modules: Modules, tokenizer: Tokenizer, **options: float) -> tuple[EngineWorker, EngineWorker]:
+def workers(modules: Modules, tokenizer: Tokenizer, **options: Any) -> tuple[EngineWorker, EngineWorker]:
     """One that hosts the base and prefills, one that hosts the member's module and decodes."""
     return (
         make_worker({"base": modules["base"]}, tokenizer, name="prefill", **options),

@@ -17,13 +17,13 @@ def actors() -> Cast:
 
 @pytest.mark.parametrize("what", PLOTS)
 def test_each_story_in_short(what: str, actors: Cast) -> None:
-    plot = replace(PLOTS[what], requests=60, seed=11)
+    plot = replace(PLOTS[what], requests=40, seed=11)
     outcome = play(actors, plot, name=f"heliostat-test-{secrets.token_hex(4)}")
     assert sound(outcome), outcome
-    assert outcome.right + outcome.left + outcome.ties + sum(outcome.failed.values()) == 60
+    assert outcome.right + outcome.left + outcome.ties + sum(outcome.failed.values()) == 40
     assert bool(outcome.faults) == bool(plot.frames.faults or plot.pages.faults)
     if what == "nothing goes wrong":
-        assert outcome.right == 60 and not outcome.retried
+        assert outcome.right == 40 and not outcome.retried
     assert not list(Path("/dev/shm").glob("heliostat-test-*-prefill-*"))
 
 

@@ -56,7 +56,7 @@ def two() -> Iterator[Two]:
 
 def test_a_bounded_number_of_bytes_a_step_the_earliest_first(two: Two) -> None:
     a, b = two.expect("a", [5, 3, 8]), two.expect("b", [1, 2])
-    filled = []
+    filled: list[tuple[int, int]] = []
     while two.scheduler.arriving or not filled:
         assert two.step() == []
         filled.append((a.computed // S, b.computed // S))

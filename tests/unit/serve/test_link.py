@@ -232,7 +232,12 @@ def test_one_batch_is_one_frame() -> None:
         for name in ("o", "p"):
             await both.decoding(name=name)
         frames: list[bytes] = []
-        both.there.rule = lambda frame: frames.append(frame) or [frame]
+
+        def noted(frame: bytes) -> list[bytes]:
+            frames.append(frame)
+            return [frame]
+
+        both.there.rule = noted
         for name in ("o", "p"):
             both.puppet.hears[name](said(0, name=name))
         await asyncio.sleep(0.01)

@@ -48,7 +48,8 @@ class Counting:
 
 
 def play(drive: Drive, *, virtual: bool) -> Any:
-    core, heard = Counting(), []
+    core = Counting()
+    heard: list[str] = []
 
     async def until(count: int) -> None:
         while len(heard) < count:
