@@ -461,3 +461,22 @@ def test_chance_of_prompts_around_short_leases_and_small_pools_never_gives_a_wro
         await assert_empty(first, second)
 
     run_virtual(story())
+
+
+def test_a_listener_that_fails_silences_no_other(modules: Modules, tokenizer: Tokenizer) -> None:
+    async def story() -> None:
+        worker = make_worker(modules, tokenizer)
+        seen: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, facts: seen.append(facts["exception"]))
+        digests, fine = digests_of(worker), Listener()
+
+        def broken(event: Said | Failed) -> None:
+            raise RuntimeError("a bug")
+
+        assert await worker.decode(order_of(job(), digests), broken) is None
+        assert await worker.decode(order_of(job(), digests), fine.hear) is None
+        await fine.ended.wait()
+        assert len(fine.said) == 6 and len(seen) == 6
+        await assert_empty(worker)
+
+    run_virtual(story())

@@ -198,8 +198,10 @@ class Wire:
         self._socket.close()
 
     async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            self.receive(await self._socket.recv())
+            frame = await self._socket.recv()
+            loop.call_soon(self.receive, frame)  # what goes wrong there must not end the listening
 
 
 class Ends:

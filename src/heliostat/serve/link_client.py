@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from heliostat.errors import Refused
 from heliostat.serve.link import (
@@ -39,14 +38,12 @@ from heliostat.serve.link import (
     ToServer,
     ToWorker,
     Unload,
-    Wire,
     sealed,
 )
 from heliostat.serve.log import Log
 from heliostat.serve.protocol import Described, Failed, Handed, Handle, Hear, Order, Said, Stats, no
 
 Result = Described | Handed | Failed | Stats | Done | No
-_LOOK = 0.05
 _REMEMBERED = 4096
 """Calls that were given up lately: what they hand over after all is released."""
 
@@ -91,8 +88,6 @@ class RemoteWorker:
         self._given_up: OrderedDict[int, None] = OrderedDict()
         self._heard = 0.0
         self._gone = ""
-        self.on_lost: Callable[[str], None] | None = None
-        """Called when it has been silent for too long; it may be heard again, though."""
         self._beating: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -272,19 +267,12 @@ class RemoteWorker:
     # ---- what is missing
 
     async def _beat(self) -> None:
-        given_up = False
         while True:
             wanted = {*self._asked, *(stream.number for stream in self._streams.values())}
             self._send(Ping(self._numbers, tuple(sorted(wanted))))
             await asyncio.sleep(BEAT)
-            if self.silent <= self._patience:
-                given_up = False
-                continue
-            why = f"no word from the worker for {self._patience:g} s"
-            self._fail_all(why)
-            if not given_up and self.on_lost is not None:
-                self.on_lost(why)
-            given_up = True
+            if self.silent > self._patience:  # it may be heard again, though
+                self._fail_all(f"no word from the worker for {self._patience:g} s")
 
     def _compare(self, beat: Beat) -> None:
         """Whether the worker thinks of the same calls and answers as open, and of them as far."""
@@ -328,17 +316,3 @@ class RemoteWorker:
 def _settle(reply: asyncio.Future[Result], result: Result) -> None:
     if not reply.done():
         reply.set_result(result)
-
-
-async def connect(endpoint: str, *, log: Log | None = None) -> RemoteWorker:
-    """The worker that serves there, as soon as it does; cancel this where it never will."""
-    while not Path(endpoint).exists():
-        await asyncio.sleep(_LOOK)
-    worker = RemoteWorker(Wire(Path(endpoint), bind=False), log=log)
-    worker.start()
-    try:
-        await worker.describe()
-    except BaseException:
-        await worker.close()
-        raise
-    return worker

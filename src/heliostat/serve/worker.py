@@ -119,15 +119,20 @@ class EngineWorker:
 
     def _deliver(self, events: Sequence[Event]) -> None:
         for event in events:
-            if isinstance(event, Said):
-                hear = self._hears.get(event.order)
-                if event.finish is not None:
-                    self._hears.pop(event.order, None)
-                if hear is not None:
-                    hear(event)
-            elif (hear := self._hears.pop(event.order, None)) is not None and isinstance(event, Failed):
-                hear(event)
-            elif (done := self._prefills.pop(event.order, None)) is not None and not done.done():
+            try:
+                self._tell(event)
+            except Exception as error:  # one listener's, which the others must not miss their words for
+                loop = asyncio.get_running_loop()
+                loop.call_exception_handler({"message": "a listener failed", "exception": error})
+
+    def _tell(self, event: Event) -> None:
+        last = not isinstance(event, Said) or event.finish is not None
+        hear = self._hears.pop(event.order, None) if last else self._hears.get(event.order)
+        if hear is not None and not isinstance(event, Handed):
+            hear(event)
+        elif not isinstance(event, Said):
+            done = self._prefills.pop(event.order, None)
+            if done is not None and not done.done():
                 done.set_result(event)
 
     # ---- the worker itself
