@@ -207,6 +207,8 @@ class Scheduler:
                 continue
             if request.computed == len(request.pages) * self.table.page_size:
                 self._take(request, self.table.match(request))
+            if request.computed >= request.goal:  # what it found just now was all that it was to run
+                continue
             if not budget or writing.by_earlier(request, len(request.pages)):
                 continue
             stops[request.id] = stop = _stop(request, budget)
@@ -358,7 +360,7 @@ def _arrival(request: Request) -> int:
 def _stop(request: Request, budget: int) -> int:
     """End of the next chunk: what is known and affordable, and never across the boundary."""
     start, boundary = request.computed, request.boundary
-    return min(request.length, start + budget, boundary if start < boundary else request.length)
+    return min(request.goal, start + budget, boundary if start < boundary else request.goal)
 
 
 def _completed(start: int, stop: int, page_size: int) -> range:

@@ -148,3 +148,17 @@ def test_a_page_that_is_given_out_again_has_another_generation():
     handing(s, "b", 2 * S)
     step(s)
     assert s.table.generations[page] == before[page] + 1
+
+
+def test_who_finds_the_rest_of_its_prompt_in_the_cache_while_it_runs_goes_no_further():
+    s = scheduler(budget=S, running=4)
+    prompt = [7] * (3 * S + 1)
+    r = handing(s, "a", prompt)
+    step(s)
+    other = request("b", prompt, "prefillshare")  # whoever wrote them meanwhile
+    other.pages += s.table.allocate(3)
+    for index in range(3):
+        s.table.publish(other, index)
+    s.table.release(other.pages)
+    assert step(s) == [] and r.state is State.HANDED, "it took the others' pages and was at its boundary"
+    assert (r.computed, len(r.pages)) == (3 * S, 3)
