@@ -94,12 +94,10 @@ def named(family: Family, row: Row) -> Row:
 
 def digests_of(row: Row, described: Collection[Described]) -> dict[str, str]:
     """The engines' digests of a row's modules; Refused where nobody hosts one."""
-    found: dict[str, str] = {}
-    for name in row.modules:
-        found |= {name: d.modules[name] for d in described if name in d.modules}
-        if name not in found:
-            raise Refused(f"no worker hosts {family_name(name)!r} now")
-    return found
+    hosted = {name: digest for each in described for name, digest in each.modules.items()}
+    if missing := [name for name in row.modules if name not in hosted]:
+        raise Refused(f"no worker hosts {family_name(missing[0])!r} now")
+    return {name: hosted[name] for name in row.modules}
 
 
 class Alone:

@@ -178,11 +178,14 @@ class Dispatcher:
                     if open_.tries > 1:
                         await asyncio.sleep(min(1.0, PAUSE * 2 ** (open_.tries - 2)))
         except TimeoutError:
-            why = self._queue.why(open_) or last
+            why = open_.waits_for or last
             text = f"not answered within the deadline of {self.deadline:g} s{': ' if why else ''}{why}"
             self._fail(open_, Trouble(503, text, code="deadline"))
         except Trouble as trouble:
             self._fail(open_, trouble)
+        except Exception as error:
+            self._fail(open_, Trouble(500, f"a fault of the server ({type(error).__name__})", code="fault"))
+            raise
 
     async def _attempt(self, open_: Open, shunned: dict[str, None]) -> Failed | None:
         """Ask workers once; None: it has been answered to its end."""

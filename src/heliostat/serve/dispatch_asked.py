@@ -32,6 +32,8 @@ class Open:
     cached_tokens: int = 0
     preemptions: int = 0
     tries: int = 0
+    waits_for: str = ""
+    """Why no worker has it; empty where one has."""
     decoding: float | None = None
     """When the first token came from who decodes it now."""
     last: float | None = None

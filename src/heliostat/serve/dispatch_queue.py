@@ -18,7 +18,6 @@ class _Waiting:
     wish: Wish
     rather_not: Collection[str]
     found: asyncio.Future[Route]
-    why: str
 
 
 class Queue:
@@ -37,11 +36,6 @@ class Queue:
         """Whose requests wait."""
         return [waiting.open.member for waiting in self._of.values()]
 
-    def why(self, open_: Open) -> str:
-        """What a request waits for; empty where it does not."""
-        waiting = self._of.get(open_.id)
-        return waiting.why if waiting is not None else ""
-
     async def place(self, open_: Open, wish: Wish, rather_not: Collection[str]) -> Route:
         """Its workers, which know of it by now. Raises Trouble (503) when the patience is over."""
         loop = asyncio.get_running_loop()
@@ -52,8 +46,9 @@ class Queue:
                 return route
             why = route.why
         else:
-            why = self._lines[key][0].why
-        waiting = _Waiting(open_, wish, rather_not, loop.create_future(), why)
+            why = self._lines[key][0].open.waits_for
+        waiting = _Waiting(open_, wish, rather_not, loop.create_future())
+        open_.waits_for = why
         self._lines.setdefault(key, deque()).append(waiting)
         self._of[open_.id] = waiting
         self._wake(loop)
@@ -65,7 +60,7 @@ class Queue:
                 self._router.ended(wish.order.id)
             if not isinstance(error, TimeoutError):
                 raise
-            text = f"{waiting.why}; waited {self._patience:g} s"
+            text = f"{open_.waits_for}; waited {self._patience:g} s"
             raise Trouble(503, text, code="no_worker", headers={"Retry-After": "5"}) from None
         finally:
             self._leave(key, waiting)
@@ -87,9 +82,10 @@ class Queue:
                     continue
                 route = self._try(waiting.wish, waiting.rather_not, loop.time())
                 if isinstance(route, Nowhere):
-                    waiting.why = route.why
+                    waiting.open.waits_for = route.why
                     break
                 waiting.found.set_result(route)
+                waiting.open.waits_for = ""
         self._wake(loop)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:

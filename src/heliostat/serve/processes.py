@@ -52,7 +52,7 @@ class Process:
     """One worker's process, reached through its socket."""
 
     def __init__(self, process: Popen[bytes], worker: RemoteWorker) -> None:
-        self._process, self.worker = process, worker
+        self._process, self.worker, self.number = process, worker, process.pid
 
     async def ended(self) -> str:
         """How it ended, when it has; one that is alive and says nothing is ended here."""

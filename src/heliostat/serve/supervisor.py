@@ -39,6 +39,10 @@ class Running(Protocol):
     def worker(self) -> Worker:
         """To ask."""
 
+    @property
+    def number(self) -> int:
+        """The process's, for people."""
+
     async def ended(self) -> str:
         """Returns when the process is gone: how."""
 
@@ -99,7 +103,6 @@ class Supervisor:
         self._hosts = Hosts(folder, tokenizer, dispatcher, cluster.hosts)
         self._fit = ""
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
         dispatcher.broke = self._broke
 
     @property
@@ -115,15 +118,18 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         self._sweep()
         self._tasks = [loop.create_task(self._keep(post)) for post in self._posts.values()]
-        for post in self._posts.values():
-            await post.ready.wait()
+        for post, keeping in zip(self._posts.values(), self._tasks, strict=True):
+            ready = loop.create_task(post.ready.wait())
+            await asyncio.wait({ready, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+            if keeping.done() and keeping.exception() is not None:
+                keeping.result()  # a fault of ours
             if post.state == "given up":
                 await self.stop()
                 raise Refused(f"worker {post.place.name!r} cannot be started: {post.why}")
 
     async def stop(self) -> None:
         """End all, within one budget; what has not ended by then is killed."""
-        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -153,7 +159,12 @@ class Supervisor:
                 post.why = str(refused)
             else:
                 assert post.running is not None
-                self._log.say("worker ready", worker=post.place.name, restarts=post.restarts)
+                self._log.say(
+                    "worker ready",
+                    worker=post.place.name,
+                    process=post.running.number,
+                    restarts=post.restarts,
+                )
                 post.state = "up"
                 post.ready.set()
                 post.why = await post.running.ended()
