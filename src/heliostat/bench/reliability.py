@@ -98,7 +98,7 @@ def page(found: Mapping[str, Mapping[str, Any]], birth: Mapping[str, Any]) -> st
     told = ", ".join(f"{code} ({count})" for code, count in sorted(failed.items())) or "none"
     lines += [
         "",
-        f"Right up to a tie of the reference's best two tokens: {ties}. Failures by reason: {told}.",
+        f"Right up to a token that the order of sums decides: {ties}. Failures by reason: {told}.",
         "",
     ]
     return "\n".join(lines)
