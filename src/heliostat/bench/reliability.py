@@ -29,11 +29,11 @@ PLOTS: Mapping[str, Plot] = {
     "nothing goes wrong": Plot(requests=1000, seed=1),
     "frames": Plot(requests=1500, seed=2, frames=FRAMES),
     "pages": Plot(requests=1500, seed=3, pages=PAGES),
-    "tiny pools, short leases": Plot(requests=1500, seed=4, pool=26, lease=0.3),
-    "deaths": Plot(requests=1500, seed=5, deaths=4.0),
+    "tiny pools, short leases": Plot(requests=1500, seed=4, pool=18, lease=0.1, every=0.006),
+    "deaths": Plot(requests=1500, seed=5, deaths=1.0, every=0.015),
     "nine of ten clients leave": Plot(requests=1500, seed=6, leaving=0.9),
     "all at once": Plot(
-        requests=1500, seed=7, frames=FRAMES, pages=PAGES, deaths=5.0, leaving=0.1, pool=40, lease=1.0
+        requests=1500, seed=7, frames=FRAMES, pages=PAGES, deaths=2.0, leaving=0.1, pool=40, lease=1.0
     ),
 }
 """What is told, by what goes wrong: 10,000 requests."""
@@ -65,7 +65,7 @@ def page(found: Mapping[str, Mapping[str, Any]], birth: Mapping[str, Any]) -> st
         "them are the real ones; time is counted, and faults are drawn from a seed: frames are dropped (1 %), late by up",
         "to a second (3 %), doubled, cut, one bit changed (1 % each), or nothing passes for up to three seconds (0.1 %);",
         "pages arrive cut, changed, or are given to somebody else while they are copied (1 % each); a worker dies with all",
-        "that was in it about every five seconds and is started again. *Right*: each token is what the same request says",
+        "that was in it every one or two seconds and is started again. *Right*: each token is what the same request says",
         "alone in one process. *Failed*: told so, with a reason. *Hung*: not ended a second after its deadline of a minute.",
         "*Leaked*: pages that are held when all is over.",
         "",
