@@ -271,12 +271,14 @@ class Stage:
 
     async def begin(self, worker: str) -> None:
         """A new life."""
-        modules, roles = self.hosts[worker]
+        (modules, roles), loop = self.hosts[worker], asyncio.get_running_loop()
         self._born += 1
         incarnation = f"{worker}-{self._born}"
         engine = self.cast.engine(self.plot.pool, (f"{self.name}-{incarnation}", incarnation), *modules)
         terms = Terms(worker=worker, incarnation=incarnation, roles=roles, lease=self.plot.lease)
-        inside = EngineWorker(Core(engine, terms, shelves=faulty_shelves(self.pages)), drive=Paced(STEP))
+        inside = EngineWorker(
+            Core(engine, terms, shelves=faulty_shelves(self.pages), clock=loop.time), drive=Paced(STEP)
+        )
         inside.start()
         there, here = (FaultyLine(end, self.frames) for end in Ends.pair())
         servant, remote = Servant(inside, there, log=Log(None)), RemoteWorker(here, log=Log(None))

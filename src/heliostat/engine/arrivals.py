@@ -6,6 +6,8 @@ nobody is left who could still write into pages that it gave back. No torch.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from heliostat.engine.request import Request, State
@@ -22,6 +24,7 @@ class Arrivals:
 
     scheduler: Scheduler
     step_bytes: int = STEP_BYTES
+    clock: Callable[[], float] = time.perf_counter
     bytes: int = 0
     """Brought in so far, in so many ``seconds``."""
     seconds: float = 0.0
@@ -49,11 +52,15 @@ class Arrivals:
         return ended
 
     def _fill(self, request: Request, fetch: Fetch, room: int) -> int:
-        size, bytes_before, seconds_before = self.scheduler.table.page_size, fetch.bytes, fetch.seconds
-        while request.state is State.RUNNING and request.arriving and room > fetch.bytes - bytes_before:
+        size, before, began = self.scheduler.table.page_size, fetch.bytes, self.clock()
+        while request.state is State.RUNNING and request.arriving and room > fetch.bytes - before:
             index = request.computed // size
             fetch.bring(index, request.pages[index])
             self.scheduler.arrived(request, 1)
-        self.bytes += fetch.bytes - bytes_before
-        self.seconds += fetch.seconds - seconds_before
-        return room - (fetch.bytes - bytes_before)
+        moved, taken = fetch.bytes - before, self.clock() - began
+        self.bytes, self.seconds, fetch.seconds = (
+            self.bytes + moved,
+            self.seconds + taken,
+            fetch.seconds + taken,
+        )
+        return room - moved

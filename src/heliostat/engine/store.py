@@ -16,7 +16,6 @@ import mmap
 import os
 import struct
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -184,7 +183,7 @@ class Fetch:
     own: Store
     promise: Promise
     bytes: int = 0
-    """Brought in so far, in so many ``seconds``."""
+    """Brought in so far; who calls may note in how many ``seconds``."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -202,7 +201,6 @@ class Fetch:
 
         What is in ``target`` then means nothing.
         """
-        began = time.perf_counter()
         page, promise = self.promise.pages[index], self.promise
         self._fence(page, promise.generations[index])
         self.source.copy(page, self.own, target)
@@ -210,7 +208,6 @@ class Fetch:
         if self.own.digest(target) != promise.digests[index]:
             raise Gone("a page arrived damaged")
         self.bytes += self.own.form.page_bytes
-        self.seconds += time.perf_counter() - began
 
     def _fence(self, page: int, generation: int) -> None:
         if self.source.generations[page] != generation:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,9 +75,17 @@ class _Open:
 class Core:
     """One worker's engine and what is open on it."""
 
-    def __init__(self, engine: Engine, terms: Terms, *, shelves: Shelves | None = None) -> None:
-        """``shelves``: how other workers' memories are reached."""
+    def __init__(
+        self,
+        engine: Engine,
+        terms: Terms,
+        *,
+        shelves: Shelves | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``shelves``: how other workers' memories are reached; ``clock``: what transfers are measured by."""
         self.engine, self.terms = engine, terms
+        engine.arrivals.clock = clock
         self.lending = Lending(engine, terms, fit(engine), shelves or Shelves())
         self.draining = False
         self.failure = ""

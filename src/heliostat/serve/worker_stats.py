@@ -68,5 +68,5 @@ def stats_of(engine: Engine, pace: Pace, *, leased: int, arriving: int) -> Stats
         ),
         position_seconds=pace.position,
         step_seconds=pace.step,
-        byte_seconds=brought.seconds / brought.bytes if brought.bytes else None,
+        byte_seconds=brought.seconds / brought.bytes if brought.seconds else None,
     )
