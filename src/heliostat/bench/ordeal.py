@@ -375,7 +375,7 @@ async def _story(cast: Cast, plot: Plot, orders: Sequence[Order], wanted: Refere
     for number in range(plot.requests):
         order = orders[number % len(orders)]
         again = replace(order, id=f"{order.id}/{number}")
-        leaves = dice.uniform(0, 0.5) if dice.random() < plot.leaving else plot.deadline + LATE
+        leaves = dice.uniform(0, 0.15) if dice.random() < plot.leaving else plot.deadline + LATE
         clients.append(loop.create_task(stage.client(again, wanted[order.id], leaves)))
         await asyncio.sleep(dice.expovariate(1 / plot.every))
     await asyncio.gather(*clients)
