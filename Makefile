@@ -50,9 +50,10 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## a training step beside its cost model, decoding beside transformers
+bench: $(STAMP)  ## a training step beside its cost model, decoding beside transformers, a routing decision
 	$(BIN)/python -m heliostat.bench.step_time
 	$(BIN)/python -m heliostat.bench.decode
+	$(BIN)/python -m heliostat.bench.routing
 
 bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, and decoding; writes docs/results/decode-gpu.md
 	$(BIN)/python -m pytest -m gpu

@@ -140,6 +140,10 @@ def processes(
     cluster: Cluster, family: Family, dispatcher: Dispatcher, means: Means, *, tokenizer: str, log: Log
 ) -> Supervisor:
     """The crew of a cluster. Refused, with the numbers, where it does not fit into memory together."""
+    if (device := device_named(means.device)) != "cpu":
+        raise Refused(
+            f"worker processes run on a CPU, and this would be {device}: say --device cpu, or let one process do all"
+        )
     starter = Starter(means, cluster, caches_of(cluster, family, means), log)
     return Supervisor(
         cluster,
