@@ -49,11 +49,11 @@ class Wish:
         return module, self.order.digests[module]
 
     @cached_property
-    def keys(self) -> tuple[bytes, ...]:
+    def keys(self) -> tuple[int, ...]:
         """Keys of the prompt's beginnings."""
         return self.keys_of(self.order.prompt[: self.boundary])
 
-    def keys_of(self, written: Sequence[int]) -> tuple[bytes, ...]:
+    def keys_of(self, written: Sequence[int]) -> tuple[int, ...]:
         """Keys of what the prompt's writer wrote."""
         return prefix_keys(written, writer=self.writer[1], salt=self.order.salt, page_size=self.page_size)
 

@@ -10,7 +10,7 @@ from heliostat.serve.router_places import Places, pages_of, prefix_keys
 PAGE = 4
 
 
-def keys(tokens: list[int], writer: str = "w", salt: str = "") -> tuple[bytes, ...]:
+def keys(tokens: list[int], writer: str = "w", salt: str = "") -> tuple[int, ...]:
     return prefix_keys(tokens, writer=writer, salt=salt, page_size=PAGE)
 
 
