@@ -348,7 +348,7 @@ class Stage:
 
 
 def halves(cast: Cast) -> dict[str, tuple[Sequence[str], tuple[Role, ...]]]:
-    """Two workers that prefill and two that decode; none of these can write every prompt itself."""
+    """Two workers that host what prompts need, and two that host what answers need."""
     writers = sorted({row.prompt_writer for row in cast.rows.values()})
     speakers = sorted({name for row in cast.rows.values() for name in (row.answer_writer, row.speaker)})
     return {

@@ -60,9 +60,9 @@ def page(found: Mapping[str, Mapping[str, Any]], birth: Mapping[str, Any]) -> st
     lines = [
         "# When things go wrong",
         "",
-        "Two workers that prefill and two that decode, none of which hosts what the other kind does; eight members over",
-        "all four sharings, toy modules in float32, greedy and seeded. The dispatcher, the engines and the line between",
-        "them are the real ones; time is counted, and faults are drawn from a seed: frames are dropped (1 %), late by up",
+        "Two workers that host what prompts need and two that host what answers need; eight members over all four",
+        "sharings, toy modules in float32, greedy and seeded. The dispatcher, the engines and the line between them",
+        "are the real ones; time is counted, and faults are drawn from a seed: frames are dropped (1 %), late by up",
         "to a second (3 %), doubled, cut, one bit changed (1 % each), or nothing passes for up to three seconds (0.1 %);",
         "pages arrive cut, changed, or are given to somebody else while they are copied (1 % each); a worker dies with all",
         "that was in it every one or two seconds and is started again. *Right*: each token is what the same request says",
