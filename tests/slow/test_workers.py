@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,15 @@ def wanted(tiny_family_made: Path) -> dict[tuple[str, str], str]:
     return dict(zip(asked, (answer.text for answer in answers), strict=True))
 
 
-@pytest.fixture(autouse=True)
-def nothing_stays() -> Iterator[None]:
-    """No worker and no memory outlives its server."""
-    before = memories()
-    yield
-    until(lambda: memories() <= before, "memory stays in /dev/shm")
-
-
-def memories() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.glob("heliostat-*") if "test" not in path.name}
+@contextmanager
+def served(
+    family: Path | None, *options: str
+) -> Iterator[tuple[str, subprocess.Popen[str], dict[str, int], Reading]]:
+    """(address, process, processes of its workers, log) of a server; no worker and no memory outlives it."""
+    with told(family, *options) as (address, process, log):
+        yield address, process, workers(log), log
+    until(lambda: not any(map(alive, workers(log).values())), "a worker outlived its server")
+    until(lambda: not list(SHARED_MEMORY.glob(f"heliostat-{process.pid}-*")), "memory stays in /dev/shm")
 
 
 def until(condition: Callable[[], bool], what: str, *, seconds: float = 60) -> None:
@@ -117,8 +117,7 @@ def crowd(
 def test_all_rows_at_once_are_what_one_process_says(
     tiny_family_made: Path, wanted: dict[tuple[str, str], str]
 ) -> None:
-    with told(tiny_family_made, *APART) as (address, _, log):
-        processes = workers(log)
+    with served(tiny_family_made, *APART) as (address, _, processes, _):
         assert set(processes) == {"prefill-0", "prefill-1", "decode-0"}
         for ask in (whole, streamed):
             assert crowd(address, wanted, ask=ask) == []
@@ -127,13 +126,12 @@ def test_all_rows_at_once_are_what_one_process_says(
         moved = [line for line in text.splitlines() if line.startswith("heliostat_transfer_bytes_total{")]
         assert {line.split('"')[1] for line in moved} == set(MEMBERS), "every row was apart"
         assert "decode-0" in httpx2.get(address).text
-    until(lambda: not any(map(alive, processes.values())), "a worker outlived its server")
 
 
 def test_without_who_reads_prompts_a_request_ends_at_its_deadline(tiny_family_made: Path) -> None:
     options = (*CACHE, "--prefill-workers", "1", "--decode-workers", "1", "--deadline", "3")
-    with told(tiny_family_made, *options) as (address, _, log):
-        process = workers(log)["prefill-0"]
+    with served(tiny_family_made, *options) as (address, _, processes, _):
+        process = processes["prefill-0"]
         os.kill(process, signal.SIGSTOP)  # alive, and says nothing
         began = time.monotonic()
         reply = httpx2.post(f"{address}/v1/completions", json=body("math", "add 2 and 3"), timeout=30)
@@ -150,18 +148,16 @@ def test_without_who_reads_prompts_a_request_ends_at_its_deadline(tiny_family_ma
 
 
 def test_workers_end_with_a_server_that_is_killed(tiny_family_made: Path) -> None:
-    with told(tiny_family_made, *APART) as (_, process, log):
-        processes = workers(log)
+    with served(tiny_family_made, *APART) as (_, process, _, _):
         process.kill()
         process.wait(30)
-        until(lambda: not any(map(alive, processes.values())), "a worker outlived its server")
 
 
 def test_two_servers_at_once_on_one_family(
     tiny_family_made: Path, wanted: dict[tuple[str, str], str]
 ) -> None:
-    with told(tiny_family_made, *APART) as (one, _, _):
-        with told(tiny_family_made, *APART) as (other, _, _):
+    with served(tiny_family_made, *APART) as (one, _, _, _):
+        with served(tiny_family_made, *APART) as (other, _, _, _):
             with ThreadPoolExecutor(2) as pool:
                 asking = [pool.submit(crowd, address, wanted, ask=whole) for address in (one, other)]
                 assert [found.result(timeout=120) for found in asking] == [[], []]
@@ -175,8 +171,8 @@ def test_a_cluster_that_is_written_down_is_the_same(
     made = subprocess.run([sys.executable, *main, *APART], capture_output=True, text=True, check=True)
     path = tmp_path / "cluster.yaml"
     path.write_text(made.stdout.replace("name: decode-0", "name: speaks\n  threads: 1\n  memory: 600"))
-    with told(None, *CACHE, "--cluster", str(path)) as (address, _, log):
-        assert set(workers(log)) == {"prefill-0", "prefill-1", "speaks"}
+    with served(None, *CACHE, "--cluster", str(path)) as (address, _, processes, _):
+        assert set(processes) == {"prefill-0", "prefill-1", "speaks"}
         assert crowd(address, wanted, ask=streamed) == []
 
 
@@ -185,7 +181,7 @@ def test_members_come_and_go_across_workers(
 ) -> None:
     few = {one: text for one, text in wanted.items() if one[0] in ("math", "plan")}
     options = (*APART, "--member", "math", "--member", "base")
-    with told(tiny_family_made, *options) as (address, _, log):
+    with served(tiny_family_made, *options) as (address, _, _, log):
         with httpx2.Client(base_url=address, timeout=60) as client:
             assert client.post("/v1/completions", json=body("plan", "add")).status_code == 404
             assert client.post("/admin/members/plan/load").status_code == 200
@@ -199,8 +195,7 @@ def test_members_come_and_go_across_workers(
 
 
 def test_a_terminal_s_ctrl_c_drains(tiny_family_made: Path) -> None:
-    with told(tiny_family_made, *APART) as (address, process, log):
-        processes = workers(log)
+    with served(tiny_family_made, *APART) as (address, process, processes, log):
         assert httpx2.get(f"{address}/health").status_code == 200
         for each in (process.pid, *processes.values()):
             os.kill(each, signal.SIGINT)

@@ -350,7 +350,7 @@ def test_a_request_past_its_deadline_ends_with_an_error(serving: Serving) -> Non
             pace = Pace(engine_of(served.service), steps=3)
             error = (await served.chat(status=503))["error"]
             assert error["code"] == "deadline" and await served.held() == 0
-            whole = {
+            whole: dict[str, Any] = {
                 "messages": [{"role": "user", "content": "add 2 and 3"}],
                 "model": "base",
                 "stream": True,

@@ -38,9 +38,9 @@ def test_modules_go_where_rows_need_them() -> None:
 
 
 def test_both_numbers_are_needed() -> None:
-    for counts in ({"prefill": 0, "decode": 1}, {"prefill": 1, "decode": 0}):
+    for prefill, decode in ((0, 1), (1, 0)):
         with pytest.raises(Refused, match="give both"):
-            laid_out(**counts)
+            laid_out(prefill=prefill, decode=decode)
 
 
 def test_what_is_printed_is_read_back(tmp_path: Path) -> None:
@@ -139,12 +139,14 @@ def test_a_member_that_nobody_can_play_is_refused_by_name(
 def test_both_halves_of_an_answer_must_be_on_one_worker(tiny_family_made: Path) -> None:
     family = read_family(tiny_family_made)
     own = family.row("plan").speaker
-    apart = [("p", "prefill", ("base",)), ("d", "decode", ("base",)), ("e", "decode", (own,))]
+    apart = (
+        Place(name="p", roles=("prefill",), modules=("base",)),
+        Place(name="d", roles=("decode",), modules=("base",)),
+        Place(name="e", roles=("decode",), modules=(own,)),
+    )
     rows = {"plan": family.row("plan")}
     with pytest.raises(Refused, match="both of"):
-        Cluster(tuple(Place(name=n, roles=(r,), modules=m) for n, r, m in apart)).refuse_unplayable(
-            family, rows
-        )  # type: ignore[arg-type]
+        Cluster(apart).refuse_unplayable(family, rows)
     laid_out(prefill=1, decode=1).filled(rows).refuse_unplayable(family, rows)
 
 

@@ -13,7 +13,8 @@ def test_levels_rise_with_work_and_tell_what_matters_apart() -> None:
 
 
 def test_the_least_of_any_set_is_the_least() -> None:
-    dice, levels, work = random.Random(0), Levels(), {}
+    dice, levels = random.Random(0), Levels()
+    work: dict[int, int] = {}
     for step in range(2000):
         place = dice.randrange(100)
         if dice.random() < 0.1:
