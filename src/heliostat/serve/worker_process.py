@@ -20,7 +20,6 @@ import msgspec
 from heliostat.errors import Refused
 from heliostat.serve.link import Wire
 from heliostat.serve.link_server import Servant
-from heliostat.serve.log import Log
 from heliostat.serve.protocol import WorkerSettings
 from heliostat.serve.worker import EngineWorker
 from heliostat.serve.worker_start import worker_of
@@ -86,7 +85,6 @@ async def _serve(worker: EngineWorker, endpoint: Path) -> int:
     servant.start()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, servant.dismissed.set)
     partial.rename(endpoint)  # only now: whoever finds it is answered
-    Log().say("worker serves", worker=worker.core.terms.worker, process=os.getpid())
     while not servant.dismissed.is_set() and not worker.failure:
         await asyncio.sleep(_LOOK)
     if worker.failure:
