@@ -52,9 +52,10 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## training steps beside their cost model, tuners side by side; the engine beside others that are installed
+bench: $(STAMP)  ## training steps, tuners side by side, a routing decision; the engine beside others that are installed
 	$(BIN)/python -m heliostat.bench.step_time
 	$(BIN)/heliostat bench train --out docs/results
+	$(BIN)/python -m heliostat.bench.routing
 	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
 
 vllm-env: .venv-vllm/.stamp  ## .venv-vllm: vLLM for CPUs, in an environment of its own

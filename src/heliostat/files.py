@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: atomic files and folders, a lock, JSON.
+"""Files that are written whole or not at all: atomic files and folders, a lock, JSON, YAML.
 
 What is being written lies in ``<name>.partial-<process>-<thread>`` beside its target until it is complete and
 on the disk; then one rename puts it in place. What a process that died left there is swept away by the next
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from heliostat.errors import Refused
 
@@ -220,3 +222,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(f"{path} holds {type(value).__name__}, not a JSON object {{...}}")
     return value
+
+
+def read_yaml(path: str | Path, *, what: str) -> dict[str, Any]:
+    """The values of a YAML file by name, unchecked; ``what`` it should be, for the refusal where it is no mapping."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not UTF-8: byte at position {error.start + 1}") from error
+    except yaml.YAMLError as error:
+        raise Refused(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise Refused(f"{path} is no {what}")
+    return content

@@ -30,6 +30,16 @@ POLICY = (
     "heliostat.bench.workloads",
     "heliostat.engine.fixed",
     "heliostat.train.droprates",
+    "heliostat.engine.store",
+    "heliostat.engine.arrivals",
+    "heliostat.clock",
+    "heliostat.serve.protocol",
+    "heliostat.serve.cluster",
+    "heliostat.serve.router",
+    "heliostat.serve.router_breaker",
+    "heliostat.serve.router_costs",
+    "heliostat.serve.router_places",
+    "heliostat.serve.router_sets",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

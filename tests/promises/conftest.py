@@ -11,6 +11,7 @@ from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import load_transformer
+from tests.promises.crews import forget_memories
 from tests.promises.toys import Exactness, toy_modules
 
 _COUNT = Exactness()
@@ -23,6 +24,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_memory_left() -> Iterator[None]:
+    """What workers keep their pages in goes with the test."""
+    yield
+    forget_memories()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from heliostat.llm import LLM
 from heliostat.serve.dialect import TextAsking
 from heliostat.serve.keys import OPEN
-from tests.unit.serve.conftest import Served, Serving, run, serving
+from tests.unit.serve.conftest import Served, Serving, engine_of, run, serving
 
 __all__ = ["serving"]  # the fixture
 
@@ -66,7 +66,7 @@ def test_at_once_as_alone(serving: Serving, eight: Path) -> None:
         options: dict[str, Any] = {"family": eight, "cache_mib": 1, "max_waiting": REQUESTS}
         async with serving(**options) as served:
             found = await asyncio.gather(*(answered(served, body) for body in bodies))
-            engine = served.service.owner.engine
+            engine = engine_of(served.service)
             assert await served.held() == 0 and served.service.in_flight == 0
             assert engine.table.counters.shared_hits.total() > 0, "members have read what others wrote"
             assert engine.table.counters.evictions > 0, "there was no room for all"

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,7 +218,7 @@ class Served:
 
 
 def make_engine(
-    modules: Mapping[str, Loaded], tokenizer: Tokenizer, *, pages: int = 400, **options: int
+    modules: Mapping[str, Loaded], tokenizer: Tokenizer, *, pages: int = 400, **options: Any
 ) -> Engine:
     """An engine with small pages, so that short texts cross many borders."""
     return Engine(modules, tokenizer, max_length=128, pages=pages, page_size=PAGE, **options)

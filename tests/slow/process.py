@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MAIN = "from heliostat.cli import main; main()"
 
@@ -15,12 +16,19 @@ MAIN = "from heliostat.cli import main; main()"
 @contextmanager
 def served(family: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """(address, process) of a server on a free port; it must end well on SIGTERM."""
+    with told(family, *options) as (address, process, _):
+        yield address, process
+
+
+@contextmanager
+def told(family: Path | None, *options: str) -> Iterator[tuple[str, subprocess.Popen[str], "Reading"]]:
+    """The same, and its log."""
     command = [
         sys.executable,
         "-c",
         MAIN,
         "serve",
-        str(family),
+        *([] if family is None else [str(family)]),
         "--port",
         "0",
         "--dtype",
@@ -31,10 +39,10 @@ def served(family: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
     log = Reading(process)
     try:
         address = log.address()
-        yield address, process
+        yield address, process, log
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.text
+        assert process.wait(60) in (0, -signal.SIGKILL), log.text
     finally:
         process.kill()
         process.wait()
@@ -64,6 +72,11 @@ class Reading:
     @property
     def text(self) -> str:
         return "".join(self._lines)
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The lines so far that tell of this."""
+        found = [json.loads(line) for line in self._lines if line.startswith("{")]
+        return [line for line in found if line["event"] == name]
 
     def address(self) -> str:
         """Where it listens, as soon as it does."""

@@ -56,7 +56,7 @@ async def many(served: Served, count: int, seed: int, *, longer: int = 1) -> Non
             await one(served, dice, longer)
 
     await asyncio.gather(*(limited() for _ in range(count)))
-    assert served.service.in_flight == served.service.owner.unfinished == 0
+    assert served.service.in_flight == served.service.dispatcher.unfinished == 0
     assert await served.held() == 0
 
 

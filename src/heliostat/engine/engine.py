@@ -8,16 +8,18 @@ from typing import NoReturn
 
 from heliostat.build import Loaded, take_off
 from heliostat.engine.answer import Spoken
+from heliostat.engine.arrivals import Arrivals
 from heliostat.engine.batch import passes_of
 from heliostat.engine.fitting import refuse_misfits
 from heliostat.engine.ledger import Shape
 from heliostat.engine.page_table import PageTable
 from heliostat.engine.paged import PagePool
 from heliostat.engine.prefixes import Prefixes
-from heliostat.engine.request import FinishReason, Request
+from heliostat.engine.request import FinishReason, Request, State
 from heliostat.engine.runner import Runner
 from heliostat.engine.sampler import Draw, Sampled, sample
-from heliostat.engine.scheduler import Scheduler
+from heliostat.engine.scheduler import Scheduler, Step
+from heliostat.engine.store import Fetch, Store
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
@@ -36,10 +38,16 @@ class Piece:
     """Certain text, possibly empty: a character or a stop string may still be open."""
     sampled: Sampled | None
     finish_reason: FinishReason | None = None
+    why: str = ""
+    """More about a reason that is none of the answer's own."""
 
 
 class Engine:
-    """Answers requests of any mix of rows in one batch. Not thread-safe: one owner calls add, abort and step."""
+    """Answers requests of any mix of rows in one batch. Not thread-safe: one owner calls add, abort and step.
+
+    A request may end at its boundary (``hands_over``), its pages kept until ``abort``; another engine that ``fetches``
+    them goes on. It is the owner's to say for how long they are kept.
+    """
 
     def __init__(
         self,
@@ -51,21 +59,26 @@ class Engine:
         page_size: int = PAGE_SIZE,
         max_running: int = 64,
         max_tokens_per_step: int = MAX_TOKENS_PER_STEP,
+        share: tuple[str, str] | None = None,
     ) -> None:
-        """``modules`` are those that the rows of requests may name; all of one shape, on one device (see ``load``)."""
+        """``modules`` are those that the rows of requests may name; all of one shape, on one device (see ``load``).
+
+        ``share``: name and incarnation of the memory in which its pages lie for other engines to read.
+        """
         if not modules:
             raise Refused("an engine needs at least one module")
         longest = min(module.model.config.max_length for module in modules.values())
         if max_length > longest:
             raise Refused(f"max_length is {max_length}; the model runs {longest} tokens exactly, and no more")
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.runner = Runner(modules, pages=pages, page_size=page_size)
+        self.runner = Runner(modules, pages=pages, page_size=page_size, share=share)
         self.digests: dict[str, str] = {}
         """What the modules are now, by name: a request takes those of its row along."""
         self._runs: dict[str, tuple[str, str | None]] = {}
-        self._config = next(iter(modules.values())).model.config
+        self.config = next(iter(modules.values())).model.config
         self.load(modules)
-        self.table = PageTable(pages, page_size=page_size)
+        generations = self.store.generations if self.store is not None else None
+        self.table = PageTable(pages, page_size=page_size, generations=generations)
         self.prefixes = Prefixes(page_size=page_size)
         self.scheduler = Scheduler(
             self.table,
@@ -75,6 +88,17 @@ class Engine:
             eos_ids=tokenizer.eos_ids,
         )
         self._spoken: dict[str, Spoken] = {}
+        self.arrivals = Arrivals(self.scheduler)
+        self.latest = Step(())
+        """The step that ran last."""
+        self.stalled = False
+        """Whether that step could do nothing: pages of handed requests are in the way."""
+        self._untold: list[Piece] = []
+
+    @property
+    def store(self) -> Store | None:
+        """The memory of its pages, where others can read them."""
+        return self.runner.pool.store
 
     def load(self, modules: Mapping[str, Loaded]) -> None:
         """Take more modules in, between two steps. Those on weights that are loaded hold the same ``model``.
@@ -86,7 +110,7 @@ class Engine:
             modules,
             names=self._runs,
             models=self.runner.models,
-            config=self._config,
+            config=self.config,
             pool=self.runner.pool,
             max_length=self.max_length,
         )
@@ -105,7 +129,7 @@ class Engine:
         they wrote stay until others need them: their keys say which weights wrote them, so none is ever wrong.
         """
         self._refuse_missing(names)
-        needed = {name for request in self.scheduler.requests for name in request.row.modules}
+        needed = {name for request in self.scheduler.requests for name in request.needs}
         if busy := sorted(needed.intersection(names)):
             raise Refused(
                 f"module {', '.join(busy)} is needed by unfinished requests: wait for them or abort them"
@@ -127,41 +151,75 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Requests that still wait or run."""
-        return self.scheduler.unfinished
+        """Requests that still wait or run, or of whose end nobody was told yet."""
+        return self.scheduler.unfinished + len(self._untold)
 
-    def add(self, request: Request) -> None:
-        """Take a request in. Raises Refused where it can never run here."""
-        self._refuse_missing(request.row.modules)
-        for name in request.row.modules:
+    def hosts(self, name: str, digest: str | None) -> bool:
+        """Whether a module is loaded, with these weights."""
+        return digest is not None and self.digests.get(name) == digest
+
+    def add(self, request: Request, fetch: Fetch | None = None) -> None:
+        """Take a request in, with where its pages come from if it fetches. Raises Refused where it can never run here."""
+        self._refuse_unfit(request)
+        spoken = Spoken.begin(self.tokenizer, request.sampling.stop)
+        for token in request.answer:
+            spoken.push(token)
+        if spoken.stopped or (request.answer and self.scheduler.reason_to_end(request) is not None):
+            raise Refused(f"nothing is left to say for request {request.id!r}: its answer has ended")
+        self.scheduler.add(request)
+        self.stalled = False
+        self.prefixes.meet(request)
+        self._spoken[request.id] = spoken
+        if request.fetches:
+            assert fetch is not None, f"{request.id!r} fetches from nowhere"
+            self.arrivals.expect(request, fetch)
+
+    def _forget(self, request_id: str) -> None:
+        self._spoken.pop(request_id, None)
+        self.arrivals.forget(request_id)
+
+    def _refuse_unfit(self, request: Request) -> None:
+        self._refuse_missing(request.needs)
+        for name in request.needs:
             if request.digests.get(name) != self.digests[name]:
                 # Its pages would be kept under the name of weights that did not write them.
                 raise Refused(
                     f"module {name!r} was loaded anew since request {request.id!r} was made: make it again"
                 )
-        size = self.runner.models[self._runs[request.row.speaker][0]].config.vocabulary
-        if not all(0 <= token < size for token in request.prompt):
+        size = self.config.vocabulary
+        if not all(0 <= token < size for token in request.tokens):
             raise Refused(f"the prompt holds token ids outside [0, {size})")
         if strange := [token for token in request.sampling.logit_bias if not 0 <= token < size]:
             raise Refused(f"logit_bias names token ids outside [0, {size}): {strange}")
-        self.scheduler.add(request)
-        self.prefixes.meet(request)
-        self._spoken[request.id] = Spoken.begin(self.tokenizer, request.sampling.stop)
 
     def abort(self, request_id: str) -> bool:
-        """End a request wherever it stands; its pages are free at once. False if it is not here (any more)."""
-        self._spoken.pop(request_id, None)
+        """End a request wherever it stands, handed over too; its pages are free at once. False if it is not here."""
+        self._forget(request_id)
+        self.stalled = False
         return self.scheduler.finish(request_id, "abort")
 
     def step(self) -> list[Piece]:
         """One step; what it added to each answer that got a token. Empty when nothing is unfinished.
 
+        A request that ends without a token of its own in this step (handed, lost, gone) has a piece without one.
         Raises Refused where a module's logits are not finite or a grammar cannot go on: the requests it was for are
         ended, the others go on with the next step.
         """
         if not self.unfinished:
             return []
-        step = self.scheduler.schedule()
+        self.latest = step = self.scheduler.schedule()
+        before = self.arrivals.bytes
+        gone = self.arrivals.bring()
+        lost, self.scheduler.lost = self.scheduler.lost, []
+        self._untold += [self._ended(request, why) for request, why in gone]
+        self._untold += [self._ended(request) for request in (*lost, *step.handed)]
+        said = self._run(step) if step.chunks else self._commit(step, [], [])
+        told, self._untold = self._untold, []
+        moved = step.chunks or step.preempted or said or told or self.arrivals.bytes > before
+        self.stalled = not moved
+        return said + told
+
+    def _run(self, step: Step) -> list[Piece]:
         try:
             requests, logits = self.runner.run(passes_of(step, self._runs, page_size=self.table.page_size))
             highest, fine = (found.tolist() for found in best(logits))
@@ -173,9 +231,19 @@ class Engine:
         if broken:
             self.scheduler.abandon(step)
             self._refuse_broken(broken)
+        return self._commit(step, requests, drawn)
+
+    def _commit(self, step: Step, requests: Sequence[Request], drawn: Sequence[Sampled]) -> list[Piece]:
         finished = self.scheduler.commit(step, {r.id: s.token for r, s in zip(requests, drawn, strict=True)})
-        assert all(request.finish_reason for request in finished)
-        return [self._piece(r, s) for r, s in zip(requests, drawn, strict=True)]
+        said = [self._piece(r, s) for r, s in zip(requests, drawn, strict=True)]
+        spoke = {request.id for request in requests}
+        return said + [self._ended(request) for request in finished if request.id not in spoke]
+
+    def _ended(self, request: Request, why: str = "") -> Piece:
+        """A piece without a token: the request is handed over, or cannot go on here."""
+        self._forget(request.id)
+        reason: FinishReason = "handed" if request.state is State.HANDED else request.finish_reason or "abort"
+        return Piece(request, "", None, reason, why)
 
     def _draw(self, request: Request) -> Draw:
         try:
@@ -202,9 +270,12 @@ class Engine:
         text = "" if ended else spoken.push(sampled.token)
         if spoken.stopped and request.finish_reason is None:
             self.scheduler.finish(request.id, "stop")
+        if request.state is State.HANDED:
+            self._forget(request.id)  # what it holds back is told by who goes on
+            return Piece(request, text, sampled, "handed")
         if request.finish_reason is not None:
             text += spoken.finish()
-            del self._spoken[request.id]
+            self._forget(request.id)
             reason: FinishReason | None = "stop" if spoken.stopped else request.finish_reason
             request.finish_reason = reason
         return Piece(request, text, sampled, request.finish_reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 
 from heliostat.build import Loaded
@@ -40,6 +42,15 @@ def refuse_misfits(
                 f"module {name!r} runs {module.model.config.max_length} tokens exactly, and requests here may have "
                 f"{max_length}: start with a lower max_length"
             )
+
+
+def fit_of(config: ModelConfig, *, tokenizer: str, dtype: str, page_size: int) -> str:
+    """Digest of all that two engines must have in common before one may read the other's pages, or go on with its
+    answers; ``tokenizer``: digest of the tokenizer with its template."""
+    found = {what: getattr(config, what) for what in _SHAPE}
+    facts = {what: repr(sorted(v.items()) if isinstance(v, Mapping) else v) for what, v in found.items()}
+    facts |= {"tokenizer": tokenizer, "dtype": dtype, "page_size": str(page_size)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_shape(name: str, found: ModelConfig, wanted: ModelConfig) -> None:

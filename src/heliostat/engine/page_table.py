@@ -11,6 +11,7 @@ import struct
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from heliostat.engine.idle import Idle
 from heliostat.engine.request import Request
@@ -65,6 +66,14 @@ class _Published:
     member: str
 
 
+class Generations(Protocol):
+    """A number for each page, which others may be looking at."""
+
+    def __getitem__(self, page: int, /) -> int: ...
+
+    def __setitem__(self, page: int, generation: int, /) -> None: ...
+
+
 class PageTable:
     """A pool of ``pages`` pages of ``page_size`` positions each (S).
 
@@ -78,12 +87,14 @@ class PageTable:
     has been found at most as often as they, and came to rest no later.
     """
 
-    def __init__(self, pages: int, *, page_size: int) -> None:
+    def __init__(self, pages: int, *, page_size: int, generations: Generations | None = None) -> None:
+        """``generations`` [P]: a page's is raised whenever it is given out to be written."""
         if pages < 1 or page_size < 1:
             raise Refused(f"a pool of {pages} pages of {page_size} positions; both must be at least 1")
         self.pages = pages
         self.page_size = page_size
         self.counters = Counters()
+        self.generations: Generations = [0] * pages if generations is None else generations
         self._free = list(range(pages - 1, -1, -1))
         self._idle = Idle()
         self._hits = [0] * pages
@@ -138,10 +149,10 @@ class PageTable:
     def match(self, request: Request) -> list[int]:
         """The longest run of cached pages that continues ``request.pages``; changes nothing.
 
-        The last known token is never taken from the cache: it must run to give logits.
+        The last known token is never taken from the cache, unless it is not to run here.
         """
         found: list[int] = []
-        for index in range(len(request.pages), (request.length - 1) // self.page_size):
+        for index in range(len(request.pages), request.cacheable // self.page_size):
             key = self.key_of(request, index)
             page = None if key is None else self._by_key.get(key)
             if page is None:
@@ -173,6 +184,7 @@ class PageTable:
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
+            self.generations[page] += 1  # before anything is written: who still reads it can tell
         return pages
 
     def _evict(self) -> int:

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from heliostat.engine.store import Form, Store
+from heliostat.errors import Refused
 from heliostat.model.config import ModelConfig
 from heliostat.ops.native.blocks import Laid
 from heliostat.ops.paging import write_pages
@@ -16,11 +18,32 @@ class PagePool:
     """Keys and values of all layers, [L, P, S, K, D] each. Modules of one family have one shape and share a pool."""
 
     def __init__(
-        self, config: ModelConfig, *, pages: int, page_size: int, dtype: torch.dtype, device: str = "cpu"
+        self,
+        config: ModelConfig,
+        *,
+        pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        share: tuple[str, str] | None = None,
     ) -> None:
+        """``share``: name and incarnation of the memory in which pages lie for other workers to read; CPU only."""
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.store: Store | None = None
+        if share is None:
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            return
+        if torch.device(device).type != "cpu":
+            raise Refused(
+                f"pages on {device} cannot be read by other workers: use one process, or device cpu"
+            )
+        form = Form(
+            pages, 2 * config.layers, page_size * config.kv_heads * config.head_width * dtype.itemsize
+        )
+        self.store = Store.make(*share, form)
+        content = torch.frombuffer(self.store.content, dtype=torch.uint8).view(dtype)
+        self.keys, self.values = (half.view(shape) for half in content.chunk(2))
 
     @staticmethod
     def bytes_per_page(config: ModelConfig, *, page_size: int, dtype: torch.dtype) -> int:

@@ -11,8 +11,11 @@ from typing import Literal, Protocol
 from heliostat.errors import Refused
 from heliostat.family import Row
 
-FinishReason = Literal["stop", "length", "abort"]
-"""``stop``: end token or stop string; ``length``: max_tokens or the model's length; ``abort``: unwanted."""
+FinishReason = Literal["stop", "length", "abort", "handed", "lost", "gone"]
+"""``stop``: end token or stop string; ``length``: max_tokens or the model's length; ``abort``: unwanted.
+
+Where prompt and answer run apart also ``handed``: it stands at its boundary, another engine goes on; ``lost``: it lost
+pages that it cannot write itself; ``gone``: pages that it was to fetch are not there."""
 
 _LIMITS: Mapping[str, tuple[float, float]] = {
     "max_tokens": (1, math.inf),
@@ -86,11 +89,14 @@ class Sampling:
 
 
 class State(StrEnum):
-    """Where a request stands: ``new`` until the scheduler has it; a preempted one is ``waiting`` again."""
+    """Where a request stands: ``new`` until the scheduler has it; a preempted one is ``waiting`` again.
+
+    ``handed``: nothing of it runs any more, but its pages are held until they are released."""
 
     NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
+    HANDED = "handed"
     FINISHED = "finished"
 
 
@@ -108,7 +114,8 @@ class Matcher(Protocol):
 class Request:
     """One prompt to answer through one row. Raises Refused for an empty prompt, or a grammar without an end.
 
-    The fields below ``answer`` belong to the scheduler: nobody else changes them.
+    One that begins with an ``answer`` goes on from it. The fields below ``answer`` belong to the scheduler: nobody
+    else changes them.
     """
 
     id: str
@@ -125,6 +132,12 @@ class Request:
     """The tenant's: different salts never share a page. Set by the server, never by the user."""
     matcher: Matcher | None = None
     """Holds the answer to a grammar; it then ends where the grammar does, min_tokens or not."""
+    hands_over: bool = False
+    """It ends at its boundary; its pages are kept for whoever goes on from there."""
+    fetches: bool = False
+    """What stands below the boundary is brought in from elsewhere, page by page, and not run."""
+    replays: bool = True
+    """Whether what it fetched could be run here as well, if its pages are lost."""
 
     answer: list[int] = field(default_factory=list)
     computed: int = 0
@@ -167,6 +180,31 @@ class Request:
     def boundary(self) -> int:
         """First position that the answer_writer writes."""
         return self.row.boundary(len(self.prompt))
+
+    @property
+    def goal(self) -> int:
+        """Positions that are to be computed, as far as is known now."""
+        return min(self.length, self.boundary) if self.hands_over else self.length
+
+    @property
+    def cacheable(self) -> int:
+        """Positions that may come from the cache: the last that is known must run to give logits."""
+        return min(self.length - 1, self.goal)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether it still waits for pages that it fetches."""
+        return self.fetches and self.computed < self.boundary
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Modules that must be here for it."""
+        row = self.row
+        if self.hands_over:
+            return (row.prompt_writer,)
+        if self.boundary and (self.replays or not self.fetches):
+            return row.modules
+        return tuple(dict.fromkeys((row.answer_writer, row.speaker)))
 
     def writer_of(self, position: int) -> str:
         """Module whose keys and values stand at ``position``."""

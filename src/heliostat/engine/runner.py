@@ -27,11 +27,18 @@ class Runner:
     """Modules and the page pool they write to. Knows no request's past and decides nothing."""
 
     def __init__(
-        self, modules: Mapping[str, Loaded], *, pages: int, page_size: int, record: Record | None = None
+        self,
+        modules: Mapping[str, Loaded],
+        *,
+        pages: int,
+        page_size: int,
+        share: tuple[str, str] | None = None,
+        record: Record | None = None,
     ) -> None:
         """All modules must have the shape of one config; the pool is float32 if any of them is.
 
-        ``record``: how decode passes are recorded; None: as CUDA graphs on a GPU, elsewhere not at all.
+        ``share``: as PagePool's. ``record``: how decode passes are recorded; None: as CUDA graphs on a GPU,
+        elsewhere not at all.
         """
         models = {module.weights: module.model for module in modules.values()}
         first = next(iter(models.values()))
@@ -43,7 +50,12 @@ class Runner:
             record = CudaRecorder()
         scratch = int(record is not None)  # one page more, that no request is given
         self.pool = PagePool(
-            first.config, pages=pages + scratch, page_size=page_size, dtype=dtype, device=str(first.device)
+            first.config,
+            pages=pages + scratch,
+            page_size=page_size,
+            dtype=dtype,
+            device=str(first.device),
+            share=share,
         )
         self.graphs = Graphs(self.pool, scratch=pages, record=record) if record else None
         self.ran = Ran()

@@ -36,6 +36,8 @@ class Step:
 
     chunks: tuple[Chunk, ...]
     preempted: tuple[Request, ...] = ()
+    handed: tuple[Request, ...] = ()
+    """Those that found all they were to run in the cache."""
 
 
 class Scheduler:
@@ -44,7 +46,10 @@ class Scheduler:
     First come, first served. Where pages run out the latest arrival gives up its own, and later replays
     every token through its own writer. The earliest running request always gets on, and whatever was accepted
     fits the pool by itself: every request ends, however small the pool. A step is empty only if nothing is
-    unfinished.
+    unfinished, if all wait for pages that they fetch, or if pages of handed requests are in the way.
+
+    A request that fetches gets its pages at once; they are filled between steps (``arrived``), and it runs when all
+    are there. One that hands over keeps its pages, though nothing of it runs, until it is finished.
     """
 
     def __init__(
@@ -69,6 +74,9 @@ class Scheduler:
         self.eos_ids = frozenset(eos_ids)
         self.waiting: list[Request] = []  # both in the order of arrival
         self.running: list[Request] = []
+        self.handed: dict[str, Request] = {}
+        self.lost: list[Request] = []
+        """Those that lost pages they cannot write themselves, until somebody takes them out."""
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._in_flight: Step | None = None
@@ -82,10 +90,20 @@ class Scheduler:
         """Those unfinished."""
         return self._requests.values()
 
+    @property
+    def holders(self) -> list[Request]:
+        """All that hold pages."""
+        return [*self.running, *self.handed.values()]
+
+    @property
+    def arriving(self) -> list[Request]:
+        """Those that hold pages which are still to be filled from elsewhere, by arrival."""
+        return [request for request in self.running if request.arriving]
+
     def add(self, request: Request) -> None:
         """Take a new request in; Refused, with the numbers, if it could never finish."""
         assert request.state is State.NEW, f"{request.id!r} was added before"
-        if request.id in self._requests:
+        if request.id in self._requests or request.id in self.handed:
             raise Refused(f"there is already an unfinished request {request.id!r}")
         self._refuse_too_long(request)
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
@@ -101,7 +119,8 @@ class Scheduler:
                 f"cache_mib allows: a prompt of at most {self.max_length - 1} leaves room for an answer"
             )
         total = min(prompt + request.sampling.max_tokens, self.max_length)
-        pages = table.pages_for(total - 1)  # the last token is not read again, so it is never written
+        # The last token is not read again, so it is never written.
+        pages = table.pages_for(request.boundary if request.hands_over else total - 1)
         room = table.pages * table.page_size + 1
         if pages > table.pages:
             raise Refused(
@@ -116,7 +135,7 @@ class Scheduler:
         Between ``schedule`` and ``commit`` too: the step then still writes into the pages, but nobody gets
         them before it is committed, and what it says for this request is dropped.
         """
-        request = self._requests.get(request_id)
+        request = self._requests.get(request_id) or self.handed.get(request_id)
         if request is None:
             return False
         self._end(request, reason)
@@ -132,13 +151,16 @@ class Scheduler:
             budget = self.max_tokens_per_step - sum(c.stop - c.start for c in chunks)
             chunks += self._admit(writing, budget=budget)
             chunks.sort(key=lambda chunk: chunk.request.arrival)
-        self._in_flight = Step(tuple(chunks), tuple(preempted))
+        handed = tuple(r for r in self.running if r.hands_over and r.computed >= r.goal)
+        for request in handed:
+            self._hand_over(request)
+        self._in_flight = Step(tuple(chunks), tuple(preempted), handed)
         return self._in_flight
 
     def commit(self, step: Step, tokens: Mapping[str, int]) -> list[Request]:
         """The step has run and chose ``tokens`` (request id -> token id, one for each chunk with a speaker).
 
-        Returns the requests that it finished.
+        Returns the requests that it finished or handed over.
         """
         assert step is self._in_flight, "only the step that was scheduled last can be committed, once"
         self._in_flight = None
@@ -150,13 +172,24 @@ class Scheduler:
             request.computed = chunk.stop
             for index in _completed(chunk.start, chunk.stop, self.table.page_size):
                 self.table.publish(request, index)
-            if chunk.speaker is None:
-                continue
-            request.answer.append(tokens[request.id])
-            if (reason := self._reason_to_end(request)) is not None:
-                self._end(request, reason)
+            if chunk.speaker is not None:
+                request.answer.append(tokens[request.id])
+                if (reason := self.reason_to_end(request)) is not None:
+                    self._end(request, reason)
+                    finished.append(request)
+                    continue
+            if request.hands_over and request.computed >= request.boundary:
+                self._hand_over(request)
                 finished.append(request)
         return finished
+
+    def arrived(self, request: Request, pages: int) -> None:
+        """So many more pages that it fetches are filled, whole; the last may reach over the boundary."""
+        size, start = self.table.page_size, request.computed
+        assert request.state is State.RUNNING and request.arriving and start % size == 0
+        request.computed = min(start + pages * size, request.boundary)
+        for index in _completed(start, request.computed, size):
+            self.table.publish(request, index)
 
     def abandon(self, step: Step) -> None:
         """The step did not run, or not to its end: its positions are still to be computed."""
@@ -169,8 +202,13 @@ class Scheduler:
         stops: dict[str, int] = {}
         budget = self.max_tokens_per_step
         for request in sorted(self.running, key=lambda r: r.length - r.computed > 1):
+            if request.arriving:
+                writing.note(request, request.boundary)
+                continue
             if request.computed == len(request.pages) * self.table.page_size:
                 self._take(request, self.table.match(request))
+            if request.computed >= request.goal:  # what it found just now was all that it was to run
+                continue
             if not budget or writing.by_earlier(request, len(request.pages)):
                 continue
             stops[request.id] = stop = _stop(request, budget)
@@ -203,6 +241,12 @@ class Scheduler:
         request.pages.clear()
         request.computed = 0
         request.preemptions += 1
+        if request.fetches and not request.replays:
+            del self._requests[request.id]
+            request.state, request.finish_reason = State.FINISHED, "lost"
+            self.lost.append(request)
+            return
+        request.fetches = False
         request.state = State.WAITING
         bisect.insort(self.waiting, request, key=_arrival)
 
@@ -216,9 +260,15 @@ class Scheduler:
             if writing.by_earlier(request, len(cached)):
                 continue
             # Room for all it knows, not only for its first chunk: else it would soon be preempted again.
-            if self.table.pages_for(request.length) - len(cached) > self.table.available(without=cached):
+            if self.table.pages_for(request.goal) - len(cached) > self.table.available(without=cached):
                 break
             self._start(request, cached)
+            if request.arriving:
+                self._make_place(request)
+                writing.note(request, request.boundary)
+                continue
+            if request.computed >= request.goal:
+                continue
             stop = _stop(request, budget)
             writing.note(request, stop)
             chunks.append(self._chunk(request, stop))
@@ -232,6 +282,10 @@ class Scheduler:
         request.state = State.RUNNING
         self.waiting.remove(request)
         bisect.insort(self.running, request, key=_arrival)
+
+    def _make_place(self, request: Request) -> None:
+        missing = self.table.pages_for(request.boundary) - len(request.pages)
+        request.pages += self.table.allocate(missing)
 
     def _take(self, request: Request, cached: list[int]) -> None:
         self.table.take(request, cached)
@@ -247,7 +301,8 @@ class Scheduler:
         speaker = request.speaker_of(stop - 1) if stop == request.length else None
         return Chunk(request, start, stop, request.writer_of(start), speaker, tuple(request.pages))
 
-    def _reason_to_end(self, request: Request) -> FinishReason | None:
+    def reason_to_end(self, request: Request) -> FinishReason | None:
+        """Why an answer, of one token at least, has ended with its last token; None: it goes on."""
         sampling, answered = request.sampling, len(request.answer)
         # An end within min_tokens is only ever chosen where a grammar allows nothing else.
         enough = answered > sampling.min_tokens or request.matcher is not None
@@ -257,9 +312,18 @@ class Scheduler:
             return "length"
         return None
 
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        (self.running if request.state is State.RUNNING else self.waiting).remove(request)
+    def _hand_over(self, request: Request) -> None:
+        self.running.remove(request)
         del self._requests[request.id]
+        self.handed[request.id] = request
+        request.state = State.HANDED
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        if request.state is State.HANDED:
+            del self.handed[request.id]
+        else:
+            (self.running if request.state is State.RUNNING else self.waiting).remove(request)
+            del self._requests[request.id]
         self.table.release(request.pages)
         request.pages.clear()
         request.state, request.finish_reason = State.FINISHED, reason
@@ -283,7 +347,7 @@ class _Writing:
     def by_earlier(self, request: Request, index: int) -> bool:
         """Whether the request's page ``index``, where it goes on, is being written for an earlier arrival."""
         size = self._table.page_size
-        if request.computed < len(request.pages) * size or index >= (request.length - 1) // size:
+        if request.computed < len(request.pages) * size or index >= request.cacheable // size:
             return False  # it goes on inside a page of its own, or must run that page for its logits
         key = self._table.key_of(request, index)
         return key is not None and self._arrivals.get(key, request.arrival) < request.arrival
@@ -296,7 +360,7 @@ def _arrival(request: Request) -> int:
 def _stop(request: Request, budget: int) -> int:
     """End of the next chunk: what is known and affordable, and never across the boundary."""
     start, boundary = request.computed, request.boundary
-    return min(request.length, start + budget, boundary if start < boundary else request.length)
+    return min(request.goal, start + budget, boundary if start < boundary else request.goal)
 
 
 def _completed(start: int, stop: int, page_size: int) -> range:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from heliostat.errors import Refused
 from heliostat.serve.service import Job
 from heliostat.serve.speaking import usage_of
-from heliostat.serve.trouble import Trouble
+from heliostat.serve.trouble import Trouble, trouble_of
 
 T = TypeVar("T")
 
@@ -40,8 +41,8 @@ class Json(Response):
 async def whole(job: Job) -> dict[str, Any]:
     """The answer when it has ended."""
     try:
-        async for place, piece in job.asked.pieces():
-            job.voices[place].hear(piece)
+        async for place, said in job.asked.pieces():
+            job.voices[place].hear(said)
         await job.service.remember(job)
         choices = [job.shape.choice(place, voice.whole) for place, voice in enumerate(job.voices)]
         return {**_head(job, job.shape.whole_object), "choices": choices, "usage": _usage(job)}
@@ -56,8 +57,8 @@ async def events(job: Job) -> AsyncGenerator[bytes, None]:
     always = options is not None and bool(options.continuous_usage_stats)
     head = _head(job, job.shape.chunk_object)
     try:
-        async for place, piece in job.asked.pieces():
-            told = job.voices[place].hear(piece)
+        async for place, said in job.asked.pieces():
+            told = job.voices[place].hear(said)
             if told is None:
                 continue
             chunk = {**head, "choices": [job.shape.chunk(place, told)]}
@@ -69,6 +70,8 @@ async def events(job: Job) -> AsyncGenerator[bytes, None]:
             yield event({**head, "choices": [], "usage": _usage(job)})
     except Trouble as trouble:
         yield event(trouble.body)
+    except Refused as refused:
+        yield event(trouble_of(refused).body)
     finally:
         job.finish()
     yield b"data: [DONE]\n\n"
@@ -114,6 +117,7 @@ class EventStream(Response):
             self._job.finish()  # a generator that was never begun closes without a word
 
     async def _send(self, send: Send) -> None:
+        await self._job.asked.begun()  # what goes wrong before has a status of its own
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -55,13 +55,13 @@ Whose = Annotated[Tenant, Depends(_tenant)]
 
 
 def build(service: Service, *, version: str) -> FastAPI:
-    """The application around a service; its lifespan starts and stops the engine's thread."""
+    """The application around a service; its lifespan starts and stops the workers."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.owner.start()
+        await service.start()
         yield
-        await service.owner.stop()
+        await service.stop()
 
     # No pages of documentation: they would fetch scripts from elsewhere.
     app = FastAPI(title="heliostat", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -194,7 +194,7 @@ async def tokenize(request: Request, service: Serving, tenant: Whose) -> Respons
     else:
         ids = await asyncio.to_thread(tokenizer.plain_prompt_ids, asking.prompt or "")
     words = [tokenizer.decode([i], skip_special=False) for i in ids] if asking.return_token_strs else None
-    longest = service.owner.engine.max_length
+    longest = service.dispatcher.max_length
     return Json({"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": words})
 
 
@@ -230,7 +230,7 @@ def _card(service: Service, name: str, version: Version) -> dict[str, Any]:
         "owned_by": "heliostat",
         "root": version.member,
         "parent": None if version.member == "base" else "base",
-        "max_model_len": service.owner.engine.max_length,
+        "max_model_len": service.dispatcher.max_length,
         "version": version.name,
         "fingerprint": version.fingerprint,
     }
@@ -292,8 +292,11 @@ async def unload(member: str, service: Serving) -> Response:
 
 @router.get("/health")
 async def health(service: Serving) -> Response:
-    """200 while it is well and not shutting down."""
-    return Json({"status": "ok"}) if service.ready else Json({"status": _state(service)}, 503)
+    """200 while it is well and not shutting down; which workers are not as they should be."""
+    state: dict[str, Any] = {"status": _state(service)}
+    if missing := service.crew.missing():
+        state["workers"] = missing
+    return Json(state, 200 if service.ready else 503)
 
 
 @router.get("/ready")
@@ -305,12 +308,12 @@ async def ready(service: Serving) -> Response:
 @router.get("/live")
 async def live(service: Serving) -> Response:
     """200 unless it must be started again."""
-    failed = bool(service.owner.failure)
+    failed = bool(service.failure)
     return Json({"status": _state(service)}, 503 if failed else 200)
 
 
 def _state(service: Service) -> str:
-    return "failed" if service.owner.failure else "draining" if service.draining else "ok"
+    return "failed" if service.failure else "draining" if service.draining else "ok"
 
 
 @router.get("/version")
@@ -324,7 +327,8 @@ async def metrics(service: Serving) -> Response:
     """For Prometheus."""
     await service.look()
     return PlainTextResponse(
-        service.owner.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        service.dispatcher.metrics.text(),
+        headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
     )
 
 

@@ -140,7 +140,7 @@ class _Passing:
     async def fail(self, trouble: Trouble, scope: Scope, receive: Receive, service: Service) -> None:
         """Answer with an error, where nothing has been answered yet."""
         if trouble.status >= 429:
-            service.owner.metrics.refused.labels(str(trouble.status)).inc()
+            service.dispatcher.metrics.refused.labels(str(trouble.status)).inc()
         if not self.status:
             response = Json(trouble.body, trouble.status, headers=trouble.headers)
             await response(scope, receive, self.send)

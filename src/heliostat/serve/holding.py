@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from heliostat.engine.grammar import Grammars
-from heliostat.engine.request import Request
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.trouble import Trouble
@@ -28,14 +28,14 @@ class Holding:
         self._grammars: Grammars | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="schemas")
 
-    async def hold(self, requests: Sequence[Request], schema: Mapping[str, Any] | None, param: str) -> None:
-        """Have the answers follow a schema. Raises Trouble that names the field ``param``."""
+    async def checked(self, schema: Mapping[str, Any] | None, param: str) -> str | None:
+        """A schema that answers can follow, as a text. Raises Trouble that names the field ``param``."""
         if schema is None:
-            return
-        compiling = self._thread.submit(self._hold, requests, schema)
+            return None
+        compiling = self._thread.submit(self._checked, schema)
         try:
             async with asyncio.timeout(SECONDS):
-                await asyncio.wrap_future(compiling)
+                return await asyncio.wrap_future(compiling)
         except Refused as error:
             raise Trouble(400, str(error), param) from None
         except TimeoutError:
@@ -51,7 +51,7 @@ class Holding:
                 400, f"the schema took longer than {SECONDS:g} s to compile: ask for less", param
             ) from None
 
-    def _hold(self, requests: Sequence[Request], schema: Mapping[str, Any]) -> None:
+    def _checked(self, schema: Mapping[str, Any]) -> str:
         self._grammars = self._grammars or Grammars(self._tokenizer)
-        for request in requests:
-            request.matcher = self._grammars.matcher(schema)
+        self._grammars.matcher(schema)
+        return json.dumps(schema, separators=(",", ":"))

@@ -24,7 +24,8 @@ class Log:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z"
         told = {"time": now, "event": event, **{k: v for k, v in facts.items() if v is not None}}
-        print(json.dumps(told), file=self.out, flush=True)
+        self.out.write(json.dumps(told) + "\n")  # at once: worker processes write to the same place
+        self.out.flush()
 
     def warn_once(self, what: str, **facts: Any) -> None:
         """A warning the first time; somebody who sends ever new fields is heard a hundred times."""

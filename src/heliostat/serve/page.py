@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, Template
 from starlette.responses import HTMLResponse, Response
 
-from heliostat.engine.prefixes import Meetings, Outcome
 from heliostat.serve.keys import Tenant
-from heliostat.serve.metrics import Snapshot
+from heliostat.serve.metrics_now import Snapshot, Standing
+from heliostat.serve.protocol import Parting
 from heliostat.serve.roster import family_name
 from heliostat.serve.service import Service
 
@@ -25,7 +26,7 @@ SAFE = {
     "Referrer-Policy": "no-referrer",
 }
 
-WHY: Mapping[Outcome, str] = {
+WHY: Mapping[str, str] = {
     "shared": "one reads the other's pages",
     "writer": "different modules write their prompts: nothing can be shared",
     "short": "prompts shorter than a page of {page_size} tokens",
@@ -39,11 +40,21 @@ def _template() -> Template:
     return Environment(autoescape=True).from_string(text)
 
 
-def _written(service: Service, tenant: Tenant, now: Snapshot) -> list[tuple[str, int, int]]:
-    """(writer, pages held, pages kept); modules that no member of this tenant needs go without a name."""
+def _known(service: Service, tenant: Tenant) -> set[str]:
+    """Modules that the members of this tenant need; the others' go without a name."""
     seats = service.roster.seats.items()
     versions = [version for member, seat in seats if tenant.may(member) for version in seat.versions]
-    known = {family_name(module) for version in versions for module in version.row.modules}
+    return {family_name(module) for version in versions for module in version.row.modules}
+
+
+def _hosted(standing: Standing, known: set[str]) -> Standing:
+    others = len(set(standing.modules) - known)
+    named = sorted(known.intersection(standing.modules))
+    return replace(standing, modules=(*named, *([f"{others} more"] if others else [])))
+
+
+def _written(known: set[str], now: Snapshot) -> list[tuple[str, int, int]]:
+    """(writer, pages held, pages kept)."""
     held, kept = Counter[str](), Counter[str]()
     for counts, found in ((now.held, held), (now.idle, kept)):
         for writer, count in counts.items():
@@ -51,9 +62,9 @@ def _written(service: Service, tenant: Tenant, now: Snapshot) -> list[tuple[str,
     return [(writer, held[writer], kept[writer]) for writer in sorted(held.keys() | kept.keys())]
 
 
-def _parting(pair: tuple[str, str], met: Meetings, *, page_size: int) -> dict[str, Any]:
+def _parting(pair: tuple[str, str], met: Parting, *, page_size: int) -> dict[str, Any]:
     """How much the prompts of two members have in common, and what mostly came of it."""
-    ((outcome, _),) = met.outcomes.most_common(1)
+    ((outcome, _),) = Counter(met.outcomes).most_common(1)
     return {
         "pair": pair,
         "count": met.count,
@@ -80,8 +91,8 @@ async def live(service: Service, tenant: Tenant) -> Response:
 
 async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
     """What the page tells, of members that this tenant may ask."""
-    metrics = service.owner.metrics
-    now = service.owner.metrics.snapshot if service.owner.failure else await service.look()
+    metrics = service.dispatcher.metrics
+    now = metrics.snapshot if service.failure else await service.look()
     first, gap = metrics.average(metrics.first), metrics.average(metrics.gap)
     members = [
         {
@@ -99,22 +110,24 @@ async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
         for version in seat.versions
         if tenant.may(member)
     ]
+    known = _known(service, tenant)
     hits = [(w, m, tokens) for (w, m), tokens in sorted(now.shared_hits.items()) if tenant.may(m)]
     return {
         "members": members,
         "hits": hits,
-        "written": _written(service, tenant, now),
+        "written": _written(known, now),
         "prefixes": [
-            _parting(pair, met, page_size=service.owner.engine.table.page_size)
+            _parting(pair, met, page_size=service.dispatcher.page_size)
             for pair, met in sorted(now.prefixes.items())
             if all(map(tenant.may, pair))
         ],
+        "workers": [_hosted(standing, known) for standing in now.workers],
         "pages": now.pages,
         "used": now.pages - now.available,
         "kept": sum(now.idle.values()),
-        "unfinished": service.owner.unfinished,
-        "most": service.owner.most,
-        "state": "failed" if service.owner.failure else "draining" if service.draining else "ready",
-        "longest": service.owner.engine.max_length,
+        "unfinished": service.dispatcher.unfinished,
+        "most": service.dispatcher.most,
+        "state": "failed" if service.failure else "draining" if service.draining else "ready",
+        "longest": service.dispatcher.max_length,
         "chat": service.tokenizer.has_template,
     }

@@ -7,31 +7,34 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from heliostat.build import best_dtype, device_named, load_tokenizer, modules_of, read_family
-from heliostat.engine.ledger import available_memory
-from heliostat.engine.plan import plan_of
+from heliostat.build import load_tokenizer, modules_of, read_family, verify_member
 from heliostat.errors import Refused
-from heliostat.family import BASE
-from heliostat.llm import LLM, parse_dtype
+from heliostat.family import BASE, Family, Row
 from heliostat.serve.app import build
+from heliostat.serve.cluster import Cluster, laid_out
+from heliostat.serve.cluster import read as read_cluster
 from heliostat.serve.connections import capped
+from heliostat.serve.crew import Alone, Crew, named
+from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.gate import host_names, is_loopback
 from heliostat.serve.keys import Keys
 from heliostat.serve.log import Log
 from heliostat.serve.metrics import Metrics
-from heliostat.serve.owner import Owner
-from heliostat.serve.roster import Roster, Version
+from heliostat.serve.processes import Means, processes
+from heliostat.serve.protocol import WorkerSettings
 from heliostat.serve.service import Limits, Service
-from heliostat.serve.shelf import Shelf
+from heliostat.serve.worker_start import worker_of
 
+HERE = "here"
+"""Name of the one worker of a server without worker processes."""
 STOPPED_TWICE = 130
 """Exit status after a second signal."""
 
@@ -40,7 +43,13 @@ STOPPED_TWICE = 130
 class Settings:
     """How a server is started. Raises Refused for what would let in anybody, or cannot work."""
 
-    family: Path
+    family: Path | None = None
+    """None: the cluster file names it."""
+    cluster: Path | None = None
+    """File that says which worker hosts what."""
+    prefill_workers: int | None = None
+    """Worker processes by what they do; None: one process does all."""
+    decode_workers: int | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     members: Sequence[str] | None = None
@@ -53,6 +62,8 @@ class Settings:
     max_waiting: int = 256
     deadline: float | None = None
     """Most seconds for a request."""
+    patience: float = 60.0
+    """Most seconds for which a request waits while no worker is there for it."""
     keys: Path | None = None
     allow_hosts: Sequence[str] = ()
     tls_cert: Path | None = None
@@ -64,6 +75,13 @@ class Settings:
     """Most that may be open at once."""
 
     def __post_init__(self) -> None:
+        counts = (self.prefill_workers, self.decode_workers)
+        if self.cluster is not None and counts != (None, None):
+            raise Refused(
+                "--cluster says which workers there are: leave --prefill-workers and --decode-workers out"
+            )
+        if self.family is None and self.cluster is None:
+            raise Refused("give the family's folder, or a --cluster file that names it")
         if not is_loopback(self.host) and self.keys is None:
             raise Refused(
                 f"--host {self.host} can be reached from other machines, and without keys anybody could ask: "
@@ -77,51 +95,101 @@ class Settings:
 
 
 def service_of(settings: Settings, *, log: Log | None = None) -> Service:
-    """Load the members and put everything together; nothing listens yet."""
+    """Read what is to be served and put everything together; one process loads its weights here, nothing listens yet."""
     keys = Keys.read(settings.keys) if settings.keys is not None else None
-    family = read_family(settings.family)
-    tokenizer = load_tokenizer(settings.family, family)
-    device = device_named(settings.device)
-    dtype = best_dtype(device) if settings.dtype == "auto" else parse_dtype(settings.dtype)
-    names = list(dict.fromkeys(settings.members or [*family.members, BASE]))
-    plan = plan_of(
-        settings.family,
-        family,
-        modules_of(family, names),
-        dtype=dtype,
-        max_length=settings.max_length,
-        cache_mib=settings.cache_mib,
-        max_running=settings.max_running,
+    log = log or Log()
+    folder, family, rows, cluster = _planned(settings)
+    tokenizer = load_tokenizer(folder, family)
+    dispatcher = Dispatcher(
+        Metrics(rows),
+        max_waiting=settings.max_waiting,
+        deadline=settings.deadline,
+        patience=settings.patience,
     )
-    plan.ledger.refuse_over(available_memory(device))
-    shelf = Shelf(settings.family, dtype, device, tokenizer.digest)
-    rows = {}
-    for name in names:
-        arrival = shelf.read(name)
-        shelf.put(arrival)
-        rows[name] = arrival.row
-    llm = LLM.of(
-        shelf.held,
-        rows,
-        tokenizer,
-        max_length=plan.max_length,
-        cache_mib=settings.cache_mib,
-        max_running=settings.max_running,
-    )
-    roster = Roster()
-    for name, row in rows.items():
-        digests = {module: llm.engine.digests[module] for module in row.modules}
-        roster.add(Version(name, row, digests, name))
-    owner = Owner(llm.engine, Metrics(names), max_waiting=settings.max_waiting, deadline=settings.deadline)
+    if cluster is None:
+        digests = {name: family.module(name).digest for name in modules_of(family, rows)}
+        worker = worker_of(_alone(settings, folder, digests))
+        crew: Crew = Alone(worker, HERE, dispatcher, folder, tokenizer.digest)
+    else:
+        crew = processes(
+            cluster, family, dispatcher, _means(settings, folder), tokenizer=tokenizer.digest, log=log
+        )
     return Service(
         tokenizer,
-        roster,
-        owner,
-        shelf,
-        keys,
-        host_names(settings.allow_hosts),
-        Limits(body=settings.max_body_mib * 2**20),
-        log or Log(),
+        dispatcher,
+        crew,
+        {name: named(family, row) for name, row in rows.items()},
+        keys=keys,
+        hosts=host_names(settings.allow_hosts),
+        limits=Limits(body=settings.max_body_mib * 2**20),
+        log=log,
+    )
+
+
+def cluster_text(settings: Settings) -> str:
+    """The cluster that these settings make, as a file that would make it."""
+    folder, _, _, cluster = _planned(settings)
+    if cluster is None:
+        raise Refused(
+            "one process does all: there is no cluster; give --prefill-workers and --decode-workers"
+        )
+    return replace(cluster, family=str(folder.resolve())).to_yaml()
+
+
+def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster | None]:
+    """The family and where it lies, the rows that are served, and by which workers; None: by this process."""
+    cluster = None
+    if settings.cluster is not None:
+        cluster = read_cluster(settings.cluster)
+    elif (settings.prefill_workers, settings.decode_workers) != (None, None):
+        cluster = laid_out(prefill=settings.prefill_workers or 0, decode=settings.decode_workers or 0)
+    folder = _folder(settings, cluster)
+    family = read_family(folder)
+    rows = {name: family.row(name) for name in settings.members or [*family.members, BASE]}
+    for name in family.members.keys() & rows.keys():
+        verify_member(family, name)
+    if cluster is not None:
+        cluster = cluster.filled(rows)
+        cluster.refuse_unreachable()
+        cluster.refuse_unplayable(family, rows)
+    return folder, family, rows, cluster
+
+
+def _folder(settings: Settings, cluster: Cluster | None) -> Path:
+    """The family's; a relative path in a cluster file is meant from where the file lies."""
+    if settings.family is not None:
+        return settings.family
+    assert settings.cluster is not None and cluster is not None
+    if cluster.family is None:
+        raise Refused(
+            f"{settings.cluster} names no family: add a line `family: FOLDER`, or give the folder, too"
+        )
+    return settings.cluster.parent / cluster.family
+
+
+def _alone(settings: Settings, folder: Path, digests: Mapping[str, str]) -> WorkerSettings:
+    return WorkerSettings(
+        family=str(folder),
+        worker=HERE,
+        incarnation="1",
+        modules=digests,
+        dtype=settings.dtype,
+        device=settings.device,
+        cache_mib=settings.cache_mib,
+        max_length=settings.max_length,
+        max_running=settings.max_running,
+        hands=False,
+    )
+
+
+def _means(settings: Settings, folder: Path) -> Means:
+    return Means(
+        family=folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        cache_mib=settings.cache_mib,
+        max_length=settings.max_length,
+        max_running=settings.max_running,
     )
 
 
@@ -131,7 +199,10 @@ def serve(settings: Settings, *, version: str) -> None:
         service = service_of(settings)
         config = _config(settings, build(service, version=version))
         address = f"{'https' if settings.tls_cert else 'http'}://{_shown(listening)}"
-        Listener(config, service, drain=settings.drain, address=address).run(sockets=[listening])
+        listener = Listener(config, service, drain=settings.drain, address=address)
+        listener.run(sockets=[listening])
+        if listener.refused is not None:
+            raise listener.refused
         service.log.say("stopped")
 
 
@@ -175,12 +246,25 @@ class Listener(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, *, drain: float, address: str) -> None:
         super().__init__(config)
         self._service, self._drain, self._address = service, drain, address
+        self._starting: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.refused: Refused | None = None
+        """Why it could not start."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Remember the loop: a signal may come at any moment."""
+        """Start the workers, then listen. A signal may come at any moment: it ends the start, too."""
         self._loop = asyncio.get_running_loop()
+        self._starting = self._loop.create_task(self._service.start())
+        await asyncio.wait([self._starting])
+        if self._starting.cancelled() or self._starting.exception() is not None:
+            await self._service.stop()
+            self.should_exit = True
+            error = None if self._starting.cancelled() else self._starting.exception()
+            if error is not None and not isinstance(error, Refused):
+                raise error
+            self.refused = error
+            return
         await super().startup(sockets=sockets)
         # Only now: whoever reads it may connect at once.
         self._service.log.say("listening", address=self._address, members=list(self._service.roster))
@@ -197,7 +281,9 @@ class Listener(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
-        self._service.log.say("draining", unfinished=self._service.owner.unfinished)
+        self._service.log.say("draining", unfinished=self._service.dispatcher.unfinished)
+        if self._starting is not None:
+            self._starting.cancel()  # nothing, if it has started
         self._draining = asyncio.get_running_loop().create_task(self._finish())
 
     async def _finish(self) -> None:

@@ -6,32 +6,30 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from heliostat.engine.engine import Engine
 from heliostat.engine.remembered import Remembered
-from heliostat.engine.request import Request
 from heliostat.errors import Refused
+from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.serve.crew import Crew, digests_of
 from heliostat.serve.dialect import Asking, ChatAsking, Message, TextAsking
+from heliostat.serve.dispatch import Dispatcher
+from heliostat.serve.dispatch_asked import Asked
 from heliostat.serve.forms import schema_of, shown_tools, turns
 from heliostat.serve.holding import Holding
 from heliostat.serve.keys import OPEN, Keys, Tenant
 from heliostat.serve.log import Log
-from heliostat.serve.metrics import Snapshot
-from heliostat.serve.owner import Asked, Owner, snapshot
+from heliostat.serve.metrics_now import Snapshot, together
+from heliostat.serve.protocol import Order
 from heliostat.serve.roster import Roster, Unknown, Version
-from heliostat.serve.shelf import Arrival, Shelf
 from heliostat.serve.speaking import ChatShape, Shape, TextShape, Voice
 from heliostat.serve.sticky import Sticky
 from heliostat.serve.tools import Caller, chosen, forced_schema
 from heliostat.serve.trouble import Trouble
-
-LOOK_SECONDS = 2.0
-"""Longest that somebody who only looks waits for the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +68,11 @@ class Service:
     """Everything between the routes and the engine; lives on the event loop."""
 
     tokenizer: Tokenizer
-    roster: Roster
-    owner: Owner
-    shelf: Shelf | None
-    """None: members cannot be loaded while it runs."""
+    dispatcher: Dispatcher
+    crew: Crew
+    first: Mapping[str, Row]
+    """Members that are served from the start, their rows over the engines' names of modules."""
+    roster: Roster = field(default_factory=Roster)
     keys: Keys | None = None
     hosts: frozenset[str] = frozenset()
     """Names under which it may be reached, besides localhost and addresses."""
@@ -81,6 +80,7 @@ class Service:
     log: Log = field(default_factory=Log)
     draining: bool = False
     began: int = field(default_factory=lambda: int(time.time()))
+    _started: bool = False
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     remembered: Remembered = field(default_factory=Remembered)
     sticky: Sticky = field(default_factory=Sticky)
@@ -93,7 +93,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a new request would be taken in, if there is room."""
-        return not self.draining and not self.owner.failure
+        return not self.draining and not self.failure
 
     @property
     def in_flight(self) -> int:
@@ -111,13 +111,37 @@ class Service:
         there = sorted(filter(tenant.may, self.roster))
         raise Unknown(f"no member {name!r} is served; there is: {', '.join(there) or 'none'}")
 
+    @property
+    def failure(self) -> str:
+        """Why nothing can be answered any more; empty while something can."""
+        return self.dispatcher.failure or self.crew.failure
+
+    async def start(self) -> None:
+        """Begin to work, for the loop that is running; nothing where that was done already."""
+        if self._started:
+            return
+        self._started = True
+        await self.crew.start()
+        for member, row in self.first.items():
+            digests = digests_of(row, self.dispatcher.described.values())
+            self.roster.add(Version(member, row, digests, member))
+
+    async def stop(self) -> None:
+        """Abort what is unfinished, and end the workers."""
+        await self.dispatcher.stop()
+        await self.crew.stop()
+
     async def look(self) -> Snapshot:
-        """How it is now, or was last where a step takes long; kept for Prometheus, too."""
-        metrics = self.owner.metrics
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_SECONDS):
-                now = await self.owner.call(snapshot)
-                metrics.snapshot = replace(now, recalls=asdict(self.remembered.recalls))
+        """How it is now, or was last where a worker does not say so in time; kept for Prometheus, too."""
+        metrics = self.dispatcher.metrics
+        found = await self.dispatcher.stats()
+        if found or not self.dispatcher.workers:
+            metrics.snapshot = together(
+                found.values(),
+                waiting=self.dispatcher.members_waiting(),
+                recalls=asdict(self.remembered.recalls),
+                workers=self.crew.standing(found),
+            )
         return metrics.snapshot
 
     # ---- completions
@@ -130,10 +154,10 @@ class Service:
         with self._entered(asking, tenant) as version:
             ids = await asyncio.to_thread(self._conversation, asking.messages, tools, tenant.salt)
             shape = ChatShape(self.tokenizer, asking.top_logprobs_wanted is not None)
-            requests = self._requests(shape.prefix, asking, version, tenant, [ids])
-            await self._holding.hold(requests, schema, "tool_choice" if forced else "response_format")
+            held = await self._holding.checked(schema, "tool_choice" if forced else "response_format")
+            orders = self._orders(shape.prefix, asking, version, tenant, [ids], held)
             caller = partial(Caller, listening=bool(tools), forced=bool(forced))
-            return await self._job(asking, version, requests, shape, caller)
+            return self._job(asking, version, orders, shape, caller)
 
     async def complete(self, asking: TextAsking, tenant: Tenant) -> Job:
         """Take bare prompts in."""
@@ -141,9 +165,9 @@ class Service:
         with self._entered(asking, tenant) as version:
             prompts = await asyncio.to_thread(lambda: [self._bare(prompt) for prompt in asking.prompts])
             shape = TextShape(self.tokenizer, asking.logprobs is not None)
-            requests = self._requests(shape.prefix, asking, version, tenant, prompts)
-            await self._holding.hold(requests, schema, "response_format")
-            return await self._job(asking, version, requests, shape, partial(Caller, listening=False))
+            held = await self._holding.checked(schema, "response_format")
+            orders = self._orders(shape.prefix, asking, version, tenant, prompts, held)
+            return self._job(asking, version, orders, shape, partial(Caller, listening=False))
 
     def _conversation(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], salt: str
@@ -154,14 +178,14 @@ class Service:
     async def remember(self, job: Job) -> None:
         """Keep the ids of an answer that has ended, for when it comes back as text."""
         await asyncio.to_thread(self._remember, job)
-        salt = job.asked.requests[0].salt
+        salt = job.asked.requests[0].order.salt
         said = [(voice.text, voice.caller.calls) for voice in job.voices]
         self.sticky.said(job.asking, job.version, salt, said)
 
     def _remember(self, job: Job) -> None:
         for request, voice in zip(job.asked.requests, job.voices, strict=True):
             if voice.text and not voice.caller.calls:
-                self.remembered.remember(self.tokenizer, voice.text, request.answer, salt=request.salt)
+                self.remembered.remember(self.tokenizer, voice.text, request.answer, salt=request.order.salt)
 
     def _bare(self, prompt: str | list[int]) -> list[int]:
         return self.tokenizer.plain_prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
@@ -172,7 +196,7 @@ class Service:
         if self.draining:
             raise Trouble(503, "the server is shutting down: ask another one", code="draining")
         self.find(asking.model, tenant)
-        self.owner.refuse_if_full(asking.choices)  # before any work is done for it
+        self.dispatcher.refuse_if_full(asking.choices)  # before any work is done for it
         version = self.sticky.choose(self.roster, asking, tenant.salt)
         self.roster.begin(version)
         try:
@@ -187,22 +211,22 @@ class Service:
         if seat is None or version not in seat.versions:
             self._later(self.tidy())
 
-    async def _job(
+    def _job(
         self,
         asking: Asking,
         version: Version,
-        requests: Sequence[Request],
+        orders: Sequence[Order],
         shape: Shape,
         caller: Callable[[], Caller],
     ) -> Job:
-        asked = await self.owner.ask(requests)
-        voices = [Voice(caller(), self.tokenizer.eos_ids) for _ in requests]
-        name = requests[0].id.rpartition("/")[0]
+        asked = self.dispatcher.ask(orders)
+        voices = [Voice(caller(), self.tokenizer.eos_ids) for _ in orders]
+        name = orders[0].id.rpartition("/")[0]
         return Job(name, asking, version, shape, asked, voices, int(time.time()), self)
 
     def release(self, job: Job) -> None:
         """It is over: abort what is unfinished, let go of its version."""
-        self.owner.abort(job.asked)
+        self.dispatcher.abort(job.asked)
         self._left(job.version)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -210,27 +234,28 @@ class Service:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _requests(
+    def _orders(
         self,
         prefix: str,
         asking: Asking,
         version: Version,
         tenant: Tenant,
         prompts: Sequence[Sequence[int]],
-    ) -> list[Request]:
+        schema: str | None,
+    ) -> list[Order]:
         name = prefix + secrets.token_hex(12)
-        first = asking.sampling(most=self.owner.engine.max_length)
-        if len(prompts) * asking.choices > self.owner.most:
-            raise Trouble(
-                400, f"{len(prompts)} prompts with n {asking.choices}; at most {self.owner.most}", "n"
-            )
+        first = asking.sampling(most=self.dispatcher.max_length)
+        most = self.dispatcher.most
+        if len(prompts) * asking.choices > most:
+            raise Trouble(400, f"{len(prompts)} prompts with n {asking.choices}; at most {most}", "n")
         return [
-            Request(
-                f"{name}/{place}-{choice}",
+            Order(
+                id=f"{name}/{place}-{choice}",
                 row=version.row,
                 digests=version.digests,
                 prompt=tuple(prompt),
                 sampling=replace(first, choice=choice),
+                schema=schema,
                 member=version.member,
                 salt=tenant.salt,
             )
@@ -277,32 +302,13 @@ class Service:
             await self.tidy()
 
     async def _arrived(self, member: str, source: str) -> Version:
-        if self.shelf is None:
-            raise Refused("this server was not started from a folder: there is nothing to load members from")
         try:
-            arrival = await asyncio.to_thread(self.shelf.read, source)
-            digests = await self.owner.call(partial(enter, self.shelf, arrival))
+            row, digests = await self.crew.host(source)
         except Refused as error:  # where the folder lies is not for clients to know
-            raise Refused(str(error).replace(str(self.shelf.folder), "FAMILY")) from error
-        return Version(member, arrival.row, digests, source)
+            raise Refused(str(error).replace(str(self.crew.folder), "FAMILY")) from error
+        return Version(member, row, digests, source)
 
     async def tidy(self) -> None:
         """Let modules go that nobody needs any more."""
-        if self.shelf is None:
-            return
         async with self._changing:
-            unneeded = self.shelf.held.keys() - self.roster.needed()
-            if unneeded:
-                await self.owner.call(lambda engine: engine.unload(unneeded))
-                self.shelf.forget(unneeded)
-
-
-def enter(shelf: Shelf, arrival: Arrival, engine: Engine) -> Mapping[str, str]:
-    """Put what arrived into the engine, on its thread; the engine's digests of the modules of the row."""
-    new = shelf.put(arrival)
-    try:
-        engine.load(new)
-    except Refused:
-        shelf.forget(new)
-        raise
-    return {name: engine.digests[name] for name in arrival.row.modules}
+            await self.crew.keep_only(self.roster.needed())

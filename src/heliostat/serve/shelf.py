@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from heliostat.build import Loaded, module_folder, read_family, verify_member, verify_module
+from heliostat.build import Loaded, module_folder, read_family, verify_module
 from heliostat.engine.ledger import available_memory, weights_of
 from heliostat.errors import Refused
-from heliostat.family import Family, Module, Row
+from heliostat.family import Family, Module
 from heliostat.linear.adapter import load_adapter
 from heliostat.model.config import read_config
 from heliostat.model.transformer import Transformer
@@ -24,10 +24,8 @@ REMEDY = "Unload a member that is not needed first, or start the server with a s
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A member read from the folder: weights are in memory, adapters still lie on the disk."""
+    """Modules read from the folder: weights are in memory, adapters still lie on the disk."""
 
-    row: Row
-    """Over the engine's names."""
     modules: Mapping[str, Module]
     """By the engine's names."""
     weights: Mapping[str, str]
@@ -49,35 +47,34 @@ class Shelf:
     models: dict[str, Transformer] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, name: str) -> Arrival:
-        """A member, or a module alone, as the folder has it now; every digest is checked first."""
+    def read_modules(self, modules: Mapping[str, str]) -> Arrival:
+        """Modules as the folder has them now, by the family's names; ``modules``: the digests that they must have.
+
+        Their files are checked first. Refused where one is another by now, or there is no memory for it.
+        """
         with self._lock:
             family = read_family(self.folder)
-            self._check(family, name)
-            row = family.row(name)
-            self._refuse_too_large(family, row.modules)
-            names = {module: _named(family, module) for module in row.modules}
+            self._check(family, modules)
+            self._refuse_too_large(family, modules)
+            names = {module: _named(family, module) for module in modules}
             weights = {names[module]: _named(family, family.module(module).weights) for module in names}
             models = {
                 weight: self._model(family, family.module(module).weights)
                 for module, weight in zip(names, weights.values(), strict=True)
                 if weight not in self.models
             }
-            parts = (row.prompt_writer, row.answer_writer, row.speaker, row.first_speaker)
-            return Arrival(
-                Row(*(names[part] for part in parts)),
-                {names[module]: family.module(module) for module in names},
-                weights,
-                models,
-            )
+            return Arrival({names[module]: family.module(module) for module in names}, weights, models)
 
-    def _check(self, family: Family, name: str) -> None:
+    def _check(self, family: Family, modules: Mapping[str, str]) -> None:
         if self.tokenizer and family.tokenizer != self.tokenizer:
             raise Refused("the family has another tokenizer than the one that serves: start the server again")
-        if name in family.members:
-            verify_member(family, name)
-        for module in family.row(name).modules:
-            verify_module(self.folder, family, module)
+        for name, digest in modules.items():
+            if family.module(name).digest != digest:
+                raise Refused(
+                    f"module {name!r} was asked for with digest {digest[:12]} and the folder has "
+                    f"{family.module(name).digest[:12]} by now: ask again"
+                )
+            verify_module(self.folder, family, name)
 
     def _refuse_too_large(self, family: Family, modules: Collection[str]) -> None:
         """Pages and workspace are there already: what comes on top is weights."""

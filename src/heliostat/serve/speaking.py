@@ -1,4 +1,4 @@
-"""An answer on its way out: from the engine's pieces to the dialect's choices, chunks and usage."""
+"""An answer on its way out: from what workers say to the dialect's choices, chunks and usage."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from heliostat.engine.engine import Piece
-from heliostat.engine.request import Request
-from heliostat.engine.sampler import Sampled
 from heliostat.model.tokenizer import Tokenizer
+from heliostat.serve.dispatch_asked import Open
+from heliostat.serve.protocol import Said, Sampled
 from heliostat.serve.tools import Call, Caller
 
 
@@ -40,14 +39,14 @@ class Voice:
     _untold: list[Sampled] = field(default_factory=list)
     _began: bool = False
 
-    def hear(self, piece: Piece) -> Told | None:
-        """What can be told after one more piece; None where it says nothing yet."""
-        sampled, last = piece.sampled, piece.finish_reason is not None
-        if sampled is not None and not (last and sampled.token in self.ends):
+    def hear(self, said: Said) -> Told | None:
+        """What can be told after one more token; None where it says nothing yet."""
+        sampled, last = said.sampled, said.finish is not None
+        if not (last and sampled.token in self.ends):
             self._untold.append(sampled)
         before = len(self.caller.calls)
-        text, calls = self.caller.push(piece.text, last=last)
-        self.reason = piece.finish_reason
+        text, calls = self.caller.push(said.text, last=last)
+        self.reason = said.finish
         if self.reason == "stop" and self.caller.calls:
             self.reason = "tool_calls"
         if not (text or calls or last):
@@ -167,7 +166,7 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage_of(requests: Sequence[Request], *, choices: int) -> Mapping[str, Any]:
+def usage_of(requests: Sequence[Open], *, choices: int) -> Mapping[str, Any]:
     """Tokens so far. A prompt counts once, however many choices it has."""
     firsts = requests[::choices]
     prompt = sum(len(request.prompt) for request in firsts)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS
+from heliostat.files import read_yaml
 from heliostat.train.recipe import Pace
 
 P = TypeVar("P", bound=Pace)
@@ -81,18 +82,7 @@ def make_recipe(
 
 def read_values(path: str | Path) -> dict[str, Any]:
     """The values of a YAML recipe, unchecked; refused if it is no mapping of names to values."""
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path} is not UTF-8: byte at position {error.start + 1}") from error
-    except yaml.YAMLError as error:
-        raise Refused(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise Refused(f"{path} is no recipe: it should hold lines like `learning_rate: 1.0e-4`")
-    return content
+    return read_yaml(path, what="recipe: it should hold lines like `learning_rate: 1.0e-4`")
 
 
 def read_recipe(kind: type[P], path: str | Path, *, tell: Tell | None = None) -> P:

@@ -10,7 +10,7 @@ from heliostat.engine.scheduler import Scheduler
 def check_pages(scheduler: Scheduler, requests: Sequence[Request]) -> None:
     """References are holders, a page is in one place, what others may find is found, chains go from their ends."""
     table = scheduler.table
-    held = Counter(page for r in scheduler.running for page in r.pages)
+    held = Counter(page for r in scheduler.holders for page in r.pages)
     assert [held[page] for page in range(table.pages)] == table._references
     keyed = {page for page, published in enumerate(table._published) if published is not None}
     unheld = set(range(table.pages)) - set(held)
@@ -23,17 +23,18 @@ def check_pages(scheduler: Scheduler, requests: Sequence[Request]) -> None:
     for queue in (scheduler.waiting, scheduler.running):
         assert [r.arrival for r in queue] == sorted(r.arrival for r in queue)
     assert all(r.state is State.RUNNING for r in scheduler.running)
+    assert all(r.state is State.HANDED and r.computed == r.goal for r in scheduler.handed.values())
     for r in requests:
-        assert r.computed <= r.length and (r.state is State.RUNNING or not r.pages)
+        assert r.computed <= r.length and (r.state in (State.RUNNING, State.HANDED) or not r.pages)
 
 
 def _check_writers(scheduler: Scheduler, held: set[int]) -> None:
     """Every page that is not free has one writer: that of a holder, or one of equal weights under another name."""
     table = scheduler.table
-    written = table.pages_by_writer(scheduler.running)
+    written = table.pages_by_writer(scheduler.holders)
     assert sum(pages.held for pages in written.values()) == len(held)
     assert sum(pages.idle for pages in written.values()) == table.pages - len(held) - len(table._free)
-    known = {module for r in scheduler.running for module in r.row.modules}
+    known = {module for r in scheduler.holders for module in r.row.modules}
     assert set(written) <= known | {p.writer for p in table._published if p is not None}
 
 

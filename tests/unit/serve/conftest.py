@@ -16,6 +16,7 @@ import pytest
 from heliostat.build import init_family
 from heliostat.engine.engine import Engine, Piece
 from heliostat.serve.app import build
+from heliostat.serve.crew import Alone
 from heliostat.serve.log import Log
 from heliostat.serve.run import Settings, service_of
 from heliostat.serve.service import Service
@@ -133,6 +134,12 @@ def run(work: Awaitable[None], *, seconds: float = 60) -> None:
             await work
 
     asyncio.run(soon())
+
+
+def engine_of(service: Service) -> Engine:
+    """The one engine of a server that is one process."""
+    assert isinstance(service.crew, Alone)
+    return service.crew.worker.core.engine
 
 
 class Pace:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from heliostat.llm import LLM
-from tests.unit.serve.conftest import Pace, Serving, leaving, run, until
+from tests.unit.serve.conftest import Pace, Serving, engine_of, leaving, run, until
 
 LONG = "one two three four five six seven " * 3
 
@@ -279,7 +279,7 @@ def test_paths_and_methods_that_there_are_not(serving: Serving) -> None:
 def test_a_client_that_leaves_gives_its_pages_back(serving: Serving, stream: bool, steps: int) -> None:
     async def work() -> None:
         async with serving() as served:
-            pace, gone = Pace(served.service.owner.engine), asyncio.Event()
+            pace, gone = Pace(engine_of(served.service)), asyncio.Event()
             body = {
                 "model": "plan",
                 "prompt": LONG,
@@ -296,9 +296,9 @@ def test_a_client_that_leaves_gives_its_pages_back(serving: Serving, stream: boo
                 assert served.service.in_flight == 1
             gone.set()
             await asked
-            assert served.service.in_flight == served.service.owner.unfinished == 0
+            assert served.service.in_flight == served.service.dispatcher.unfinished == 0
             assert await served.held() == 0
-            assert not served.service.owner.engine.unfinished
+            assert not engine_of(served.service).unfinished
             pace.left = 10**6
             await served.chat()
 
@@ -308,15 +308,15 @@ def test_a_client_that_leaves_gives_its_pages_back(serving: Serving, stream: boo
 def test_a_client_that_leaves_while_it_is_queued(serving: Serving) -> None:
     async def work() -> None:
         async with serving(max_running=1) as served:
-            Pace(served.service.owner.engine, steps=2)
+            Pace(engine_of(served.service), steps=2)
             body = {"model": "base", "prompt": "add", "max_tokens": 12, "stream": True}
             ends = [asyncio.Event() for _ in range(3)]
             tasks = [asyncio.create_task(leaving(served.app, "/v1/completions", body, end)) for end in ends]
-            await until(lambda: served.service.owner.unfinished == 3)
+            await until(lambda: served.service.dispatcher.unfinished == 3)
             for end, task, left in zip(reversed(ends), reversed(tasks), (2, 1, 0), strict=True):
                 end.set()
                 await task
-                assert served.service.owner.unfinished == left
+                assert served.service.dispatcher.unfinished == left
             assert await served.held() == 0
 
     run(work())
@@ -325,9 +325,9 @@ def test_a_client_that_leaves_while_it_is_queued(serving: Serving) -> None:
 def test_a_full_queue_is_429_and_then_it_goes_on(serving: Serving) -> None:
     async def work() -> None:
         async with serving(max_running=2, max_waiting=1) as served:
-            pace = Pace(served.service.owner.engine)
+            pace = Pace(engine_of(served.service))
             tasks = [asyncio.create_task(served.chat()) for _ in range(3)]
-            await until(lambda: served.service.owner.unfinished == 3)
+            await until(lambda: served.service.dispatcher.unfinished == 3)
             body = {"model": "base", "messages": [{"role": "user", "content": "a"}]}
             reply = await served.client.post("/v1/chat/completions", json=body)
             assert reply.status_code == 429 and int(reply.headers["retry-after"]) >= 1
@@ -347,9 +347,17 @@ def test_a_full_queue_is_429_and_then_it_goes_on(serving: Serving) -> None:
 def test_a_request_past_its_deadline_ends_with_an_error(serving: Serving) -> None:
     async def work() -> None:
         async with serving(deadline=0.05) as served:
-            Pace(served.service.owner.engine, steps=3)
+            pace = Pace(engine_of(served.service), steps=3)
             error = (await served.chat(status=503))["error"]
             assert error["code"] == "deadline" and await served.held() == 0
+            whole: dict[str, Any] = {
+                "messages": [{"role": "user", "content": "add 2 and 3"}],
+                "model": "base",
+                "stream": True,
+            }
+            error = (await served.post("/v1/chat/completions", 503, **whole))["error"]
+            assert error["code"] == "deadline", "nothing was told before, so the status tells it"
+            pace.left = 3
             events = await served.stream()
             assert events[-2]["error"]["code"] == "deadline" and events[-1] == "[DONE]"
             assert await served.held() == 0

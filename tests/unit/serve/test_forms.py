@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from heliostat.engine.engine import Piece
-from tests.unit.serve.conftest import KEYS, TOOL, Served, Serving, bearer, run
+from tests.unit.serve.conftest import KEYS, TOOL, Served, Serving, bearer, engine_of, run
 
 SCHEMA = {
     "type": "object",
@@ -111,7 +111,7 @@ def test_choices_of_tools_that_are_refused(
 
 def scripted(served: Served, pieces: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine says these texts instead of its own."""
-    engine = served.service.owner.engine
+    engine = engine_of(served.service)
     step, left = engine.step, list(pieces)
 
     def said() -> list[Piece]:

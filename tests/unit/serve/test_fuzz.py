@@ -92,7 +92,7 @@ def test_nothing_is_the_servers_fault(running: Running, path: str, body: dict[st
         if reply.status_code >= 400:
             assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
             assert "Traceback" not in reply.text and "/src/" not in reply.text
-        assert served.service.in_flight == served.service.owner.unfinished == 0
+        assert served.service.in_flight == served.service.dispatcher.unfinished == 0
         assert await served.held() == 0
 
     running.runner.run(ask())

@@ -52,13 +52,13 @@ def test_a_schema_that_takes_too_long_is_refused_by_name(serving: Serving, stuck
             assert {reply["error"]["code"] for reply in replies} == {"schemas_busy"}
             assert stuck.begun == 1
             assert len(served.service._holding._thread._threads) == 1
-            assert served.service.in_flight == served.service.owner.unfinished == 0
+            assert served.service.in_flight == served.service.dispatcher.unfinished == 0
             assert (await served.chat())["choices"], "who wants no schema does not wait"
             stuck.free.set()
             await until(lambda: served.service._holding._thread._work_queue.empty())
             reply = await served.chat(response_format=wanted(), **fields)
             assert reply["choices"][0]["message"]["content"].strip().startswith('"a')
-            assert stuck.begun == 2, "what was given up never ran"
+            assert stuck.begun == 3, "here and at the worker; what was given up never ran"
 
     run(work())
 

@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from heliostat.serve.metrics import ALIASES
-from tests.unit.serve.conftest import Pace, Served, Serving, run, until
+from tests.unit.serve.conftest import Pace, Served, Serving, engine_of, run, until
 
 LONG = "one two three four five six seven " * 3
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -78,11 +78,11 @@ def test_every_alias_says_the_same(serving: Serving) -> None:
 def test_requests_that_run_and_wait_by_member(serving: Serving) -> None:
     async def work() -> None:
         async with serving(max_running=1) as served:
-            pace = Pace(served.service.owner.engine)
+            pace = Pace(engine_of(served.service))
             tasks: list[asyncio.Task[Any]] = []
             for member in ("math", "code"):
                 tasks.append(asyncio.create_task(served.chat(LONG, model=member)))
-                await until(lambda: served.service.owner.unfinished == len(tasks))
+                await until(lambda: served.service.dispatcher.unfinished == len(tasks))
             pace.left = 2
             await pace.spent()
             now = await scraped(served)
@@ -101,8 +101,9 @@ def test_a_request_that_is_left_or_refused_is_forgotten(serving: Serving) -> Non
         async with serving() as served:
             await served.chat("a " * 999, status=400)
             await served.chat()
-            metrics = served.service.owner.metrics
-            assert not metrics._began and not metrics._last
+            dispatcher = served.service.dispatcher
+            assert dispatcher.unfinished == 0 and not dispatcher._open
+            assert dispatcher.router.outstanding("here") == (0, 0)
 
     run(work())
 
@@ -117,14 +118,15 @@ def test_every_metric_of_the_dashboard_exists(serving: Serving) -> None:
         async with serving(max_running=1) as served:
             for member in ("code", "plan"):
                 await served.chat(LONG, model=member)
-            pace = Pace(served.service.owner.engine, steps=2)
+            pace = Pace(engine_of(served.service), steps=2)
             task = asyncio.create_task(served.chat(LONG))
             await pace.spent()
             text = (await served.client.get("/metrics")).text
             told = set(re.findall(r"^(?:# TYPE )?(heliostat_\w+)", text, flags=re.MULTILINE))
             assert len(names) > 12 and names - told == set()
             assert {name for label in labels for name in label.split(", ")} <= {
-                *("le", "member", "other", "outcome", "writer", "module", "status", "finished_reason")
+                *("le", "member", "other", "outcome", "writer", "module", "status", "finished_reason"),
+                *("phase", "worker", "reason"),
             }
             pace.left = 10**6
             await task

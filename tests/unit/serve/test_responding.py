@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.serve.conftest import Pace, Served, Serving, leaving, run, until
+from tests.unit.serve.conftest import Pace, Served, Serving, engine_of, leaving, run, until
 from tests.unit.serve.test_forms import scripted
 
 TOOL: dict[str, Any] = {
@@ -153,7 +153,7 @@ def test_a_required_call_and_what_came_of_it(serving: Serving, tool_family: Path
 def test_an_error_in_the_middle_is_an_event(serving: Serving) -> None:
     async def work() -> None:
         async with serving(deadline=0.05) as served:
-            pace = Pace(served.service.owner.engine, steps=3)
+            pace = Pace(engine_of(served.service), steps=3)
             events = await told(served, max_output_tokens=100)
             failed = events[-1]
             assert failed["type"] == "response.failed" and failed["response"]["status"] == "failed"
@@ -171,10 +171,10 @@ def test_a_client_that_leaves_ends_its_request(serving: Serving) -> None:
                 gone = asyncio.Event()
                 body = {**ASKED, "max_output_tokens": 200, "stream": stream}
                 asked = asyncio.create_task(leaving(served.app, "/v1/responses", body, gone))
-                await until(lambda: served.service.owner.unfinished == 1)
+                await until(lambda: served.service.dispatcher.unfinished == 1)
                 gone.set()
                 await asked
-                assert served.service.in_flight == served.service.owner.unfinished == 0
+                assert served.service.in_flight == served.service.dispatcher.unfinished == 0
                 assert await served.held() == 0
 
     run(work())

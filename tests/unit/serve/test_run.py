@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from heliostat.errors import Refused
 from heliostat.serve.app import build
 from heliostat.serve.log import Log
 from heliostat.serve.run import STOPPED_TWICE, Listener, Settings, listen, service_of
-from tests.unit.serve.conftest import Pace, run, until
+from tests.unit.serve.conftest import Pace, engine_of, run, until
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
@@ -56,7 +57,7 @@ class Drained:
         self.service = service_of(
             Settings(family=family, dtype="float32", cache_mib=16, **options), log=Log(None)
         )
-        self.pace = Pace(self.service.owner.engine, steps=2)
+        self.pace = Pace(engine_of(self.service), steps=2)
         config = uvicorn.Config(
             build(self.service, version="test"), http="h11", log_config=None, timeout_graceful_shutdown=1
         )
@@ -99,7 +100,7 @@ def test_drain_finishes_what_is_in_flight(tiny_family_made: Path) -> None:
             reply = await flying
             assert reply.text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in reply.text
             await serving
-        assert not one.service.owner._thread.is_alive()
+        assert all(thread.name != "engine" for thread in threading.enumerate())
 
     run(work())
 
@@ -113,7 +114,7 @@ def test_a_socket_that_closes_ends_its_request(tiny_family_made: Path, stream: b
         one = Drained(tiny_family_made)
         serving = await one.started()
         await one.hangs_up(head + body, after=lambda: one.service.in_flight == 1 and not one.pace.left)
-        await until(lambda: one.service.in_flight == 0 and not one.service.owner.engine.unfinished)
+        await until(lambda: one.service.in_flight == 0 and not engine_of(one.service).unfinished)
         log = one.service.log.out = io.StringIO()
         await one.hangs_up(head + body[:5])
         await until(lambda: bool(log.getvalue()))
@@ -135,7 +136,7 @@ def test_drain_has_one_budget(tiny_family_made: Path) -> None:
             await serving
             with pytest.raises(httpx2.HTTPError):
                 (await flying).raise_for_status()
-        assert one.service.in_flight == 0 and not one.service.owner.engine.unfinished
+        assert one.service.in_flight == 0 and not engine_of(one.service).unfinished
 
     run(work())
 

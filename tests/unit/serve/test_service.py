@@ -12,7 +12,8 @@ import pytest
 from heliostat.export import remove_member
 from heliostat.llm import LLM
 from heliostat.model.tokenizer import Tokenizer
-from tests.unit.serve.conftest import Pace, Served, Serving, run, until
+from heliostat.serve.crew import Alone
+from tests.unit.serve.conftest import Pace, Served, Serving, engine_of, run, until
 
 Tune = Callable[..., Any]
 
@@ -33,7 +34,15 @@ def said(reply: Any) -> str:
 
 
 def loaded(served: Served) -> set[str]:
-    return set(served.service.owner.engine.digests)
+    return set(engine_of(served.service).digests)
+
+
+def held(served: Served) -> set[str]:
+    """What the worker's shelf has in memory."""
+    assert isinstance(served.service.crew, Alone)
+    shelf = served.service.crew.worker.shelf
+    assert shelf is not None
+    return set(shelf.held)
 
 
 def test_a_member_is_loaded_and_unloaded(serving: Serving, tiny_family: Path) -> None:
@@ -51,7 +60,7 @@ def test_a_member_is_loaded_and_unloaded(serving: Serving, tiny_family: Path) ->
             for member in ("plan", "code"):
                 await served.post(f"/admin/members/{member}/unload")
                 await served.chat(model=member, status=404)
-            assert loaded(served) == before and set(served.service.shelf.held) == before  # type: ignore[union-attr]
+            assert loaded(served) == before and held(served) == before
             await served.post("/admin/members/plan/load")
             assert said(await served.chat(model="plan")) == offline(tiny_family, "plan")
 
@@ -78,7 +87,7 @@ def test_a_member_rolls_while_a_request_ends_on_the_old_one(
             again(tiny_family, member, sharing, tiny_data, tune_member, tuner=tuner)
             new = await asyncio.to_thread(offline, tiny_family, member)
             assert new != old
-            pace = Pace(served.service.owner.engine, steps=3)
+            pace = Pace(engine_of(served.service), steps=3)
             flying = asyncio.create_task(served.chat(model=member))
             await until(lambda: served.service.in_flight == 1)
             await pace.spent()

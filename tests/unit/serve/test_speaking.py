@@ -4,25 +4,28 @@ from typing import Any
 
 import pytest
 
-from heliostat.engine.engine import Piece
-from heliostat.engine.request import FinishReason, Request
-from heliostat.engine.sampler import Sampled
+from heliostat.engine.request import Sampling
 from heliostat.family import Row
+from heliostat.serve.dispatch_asked import Asked, Open
+from heliostat.serve.protocol import Finish, Order, Said, Sampled
 from heliostat.serve.speaking import Voice, finite, usage_of
 from heliostat.serve.tools import Caller
 
 END = 1
 
 
-def request(prompt: int = 4, answer: int = 2, cached: int = 0) -> Request:
-    made = Request("r", row=Row("b", "b", "b", "b"), digests={"b": "d"}, prompt=(5,) * prompt)
-    made.answer, made.cached_tokens = [7] * answer, cached
-    return made
+def request(prompt: int = 4, answer: int = 2, cached: int = 0) -> Open:
+    row = Row("b", "b", "b", "b")
+    order = Order(id="r", row=row, digests={"b": "d"}, prompt=(5,) * prompt, sampling=Sampling())
+    return Open(order, Asked(), 0, 0.0, None, answer=[7] * answer, cached_tokens=cached)
 
 
-def heard(*pieces: tuple[str, int, FinishReason | None], listening: bool = False) -> tuple[Voice, list[Any]]:
+def heard(*pieces: tuple[str, int, Finish | None], listening: bool = False) -> tuple[Voice, list[Any]]:
     voice = Voice(Caller(listening), [END])
-    found = [voice.hear(Piece(request(), text, Sampled(token, -1.0), end)) for text, token, end in pieces]
+    found = [
+        voice.hear(Said("r", number, Sampled(token, -1.0), text, end))
+        for number, (text, token, end) in enumerate(pieces)
+    ]
     return voice, found
 
 
@@ -35,7 +38,7 @@ def test_tokens_without_text_wait_for_it() -> None:
 
 
 @pytest.mark.parametrize(("reason", "tokens"), [("stop", [7]), ("length", [7])])
-def test_an_end_token_is_not_told(reason: FinishReason, tokens: list[int]) -> None:
+def test_an_end_token_is_not_told(reason: Finish, tokens: list[int]) -> None:
     voice, (_, last) = heard(("a", 7, None), ("", END, reason))
     assert last.reason == reason and last.text == "" and [s.token for s in voice.tokens] == tokens
 

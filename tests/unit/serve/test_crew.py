@@ -1,4 +1,4 @@
-"""The thread that owns the engine: what ends some requests, what ends all, and many at once."""
+"""One worker in the server's own process: what ends some requests, what ends all, and many at once."""
 
 import asyncio
 from typing import Any
@@ -7,12 +7,12 @@ import pytest
 
 from heliostat.errors import Refused
 from heliostat.llm import LLM
-from tests.unit.serve.conftest import Pace, Served, Serving, run, until
+from tests.unit.serve.conftest import Pace, Served, Serving, engine_of, run, until
 
 
 def breaking(served: Served, monkeypatch: pytest.MonkeyPatch, error: Exception, *, aborts: str = "") -> None:
     """The next step aborts the requests of a member, and raises."""
-    engine = served.service.owner.engine
+    engine = engine_of(served.service)
     step = engine.step
 
     def broken() -> Any:
@@ -33,10 +33,10 @@ def test_a_refusal_in_a_step_fails_those_it_ended_and_the_others_go_on(
     async def work() -> None:
         async with serving() as served:
             whole = await served.chat(model="solo")
-            pace = Pace(served.service.owner.engine)
+            pace = Pace(engine_of(served.service))
             fields: list[dict[str, Any]] = [{"model": "math", "status": 503}, {"model": "solo"}]
             tasks = [asyncio.create_task(served.chat(**field)) for field in fields]
-            await until(lambda: served.service.owner.unfinished == 2)
+            await until(lambda: served.service.dispatcher.unfinished == 2)
             breaking(served, monkeypatch, Refused("member 'math' cannot answer"), aborts="math")
             pace.left = 10**6
             failed, fine = await asyncio.gather(*tasks)
@@ -61,7 +61,7 @@ def test_any_other_failure_ends_all_and_the_server_says_so(
             for path in ("/health", "/ready", "/live"):
                 assert await served.get(path, 503) == {"status": "failed"}
             await served.chat(status=503)
-            assert served.service.in_flight == served.service.owner.unfinished == 0
+            assert served.service.in_flight == served.service.dispatcher.unfinished == 0
             await served.client.get("/metrics")
             assert "failed" in (await served.client.get("/")).text
 
@@ -71,7 +71,7 @@ def test_any_other_failure_ends_all_and_the_server_says_so(
 def test_a_stream_that_fails_says_so_in_an_event(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with serving() as served:
-            pace = Pace(served.service.owner.engine, steps=3)
+            pace = Pace(engine_of(served.service), steps=3)
             streamed = asyncio.create_task(served.stream())
             await until(lambda: pace.left == 0)
             breaking(served, monkeypatch, Refused("member 'base' cannot answer"), aborts="base")
@@ -107,6 +107,6 @@ def test_one_refused_choice_takes_the_others_along(serving: Serving) -> None:
             ids = [[5, 6], [5, 10**6]]
             error = (await served.post("/v1/completions", 400, model="base", prompt=ids))["error"]
             assert "token ids" in error["message"]
-            assert served.service.owner.unfinished == 0 and await served.held() == 0
+            assert served.service.dispatcher.unfinished == 0 and await served.held() == 0
 
     run(work())

@@ -1,0 +1,134 @@
+"""What a client asked for while it is being answered: its requests, what was heard of each, and what ended it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from heliostat.errors import Refused
+from heliostat.serve.protocol import Failed, Handle, Order, Said, Spent
+from heliostat.serve.router import Route
+from heliostat.serve.trouble import Trouble
+
+Found = tuple[int, Said] | Trouble | Refused
+
+
+@dataclass(slots=True, eq=False)
+class Open:
+    """One request, from when it came in until it has ended, whoever works for it meanwhile."""
+
+    order: Order
+    """As it came in: without an answer."""
+    asked: Asked
+    place: int
+    """Which of the client's requests."""
+    began: float
+    until: float | None
+    """When it must have been answered, in the loop's time."""
+    answer: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    preemptions: int = 0
+    tries: int = 0
+    waits_for: str = ""
+    """Why no worker has it; empty where one has."""
+    decoding: float | None = None
+    """When the first token came from who decodes it now."""
+    last: float | None = None
+    """When the latest token came."""
+    ended: bool = False
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def id(self) -> str:
+        """Of the request; each attempt's order has one of its own."""
+        return self.order.id
+
+    @property
+    def member(self) -> str:
+        """Whose it is."""
+        return self.order.member
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids."""
+        return self.order.prompt
+
+    def attempt(self, now: float) -> Order:
+        """The order that goes on from what has been heard, under a new id: words of earlier attempts are others'."""
+        self.tries += 1
+        left = None if self.until is None else max(0.0, self.until - now)
+        name = f"{self.id}~{self.tries}"
+        return replace(self.order, id=name, answer=tuple(self.answer), seconds=left)
+
+    def known(self, order: Order) -> Order:
+        """An attempt's order with all that has been said by now."""
+        return replace(order, answer=tuple(self.answer)) if len(order.answer) < len(self.answer) else order
+
+    def hear(self, said: Said, now: float) -> None:
+        """One more token, for the client."""
+        self.answer.append(said.sampled.token)
+        self.last, self.preemptions = now, max(self.preemptions, said.preemptions)
+        self.asked.inbox.put_nowait((self.place, said))
+
+    def note(self, spent: Spent) -> None:
+        """What its prompt took; who asks again later finds its own pages, which nobody else's request left there."""
+        if self.tries <= 1:
+            self.cached_tokens = max(self.cached_tokens, spent.cached)
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """The requests behind one request of a client, and what comes back of them."""
+
+    requests: tuple[Open, ...] = ()
+    inbox: asyncio.Queue[Found] = field(default_factory=asyncio.Queue)
+    _first: Found | None = None
+
+    async def begun(self) -> None:
+        """Returns when there is something to tell; raises what went wrong before."""
+        if self._first is None:
+            self._first = await self.inbox.get()
+        if isinstance(self._first, Exception):
+            raise self._first
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Said]]:
+        """(which of the requests, token) until all have ended; raises Trouble, or Refused, where one fails."""
+        left = len(self.requests)
+        while left:
+            found = self._first or await self.inbox.get()
+            self._first = None
+            if isinstance(found, Exception):
+                raise found
+            left -= found[1].finish is not None
+            yield found
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One order on its way through one or two workers."""
+
+    order: Order
+    route: Route
+    handle: Handle | None = None
+    """Pages that are held for it where it was prefilled."""
+    reached: bool = False
+    """Whether it was sent to who decodes."""
+    arrived: bool = False
+    """Whether who decodes has said a token."""
+    over: asyncio.Future[Failed | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """None: it was answered to its end."""
+
+    def lost(self, why: str) -> Failed:
+        """A failure that no worker tells."""
+        return Failed(order=self.order.id, status=503, code="worker_lost", reason=why, retry=True)
+
+    def blamed(self, failed: Failed) -> str:
+        """The worker whose fault a failure is: pages that are not there are missed by who reads them."""
+        if self.reached and failed.code not in ("pages_gone", "misfit"):
+            return self.route.decode
+        return self.route.prefill or self.route.decode

@@ -1,0 +1,109 @@
+"""Requests that no worker can take now: first come, first served among those who need the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass
+
+from heliostat.serve.dispatch_asked import Open
+from heliostat.serve.router import Nowhere, Route, Router, Wish
+from heliostat.serve.trouble import Trouble
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    open: Open
+    wish: Wish
+    rather_not: Collection[str]
+    found: asyncio.Future[Route]
+
+
+class Queue:
+    """Finds each request its workers, at once or when there are some."""
+
+    def __init__(self, router: Router, *, patience: float) -> None:
+        self._router, self._patience = router, patience
+        self._lines: OrderedDict[Hashable, deque[_Waiting]] = OrderedDict()
+        self._of: dict[str, _Waiting] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def members(self) -> list[str]:
+        """Whose requests wait."""
+        return [waiting.open.member for waiting in self._of.values()]
+
+    async def place(self, open_: Open, wish: Wish, rather_not: Collection[str]) -> Route:
+        """Its workers, which know of it by now. Raises Trouble (503) when the patience is over."""
+        loop = asyncio.get_running_loop()
+        key = _needs(wish)
+        if key not in self._lines:
+            route = self._try(wish, rather_not, loop.time())
+            if isinstance(route, Route):
+                return route
+            why = route.why
+        else:
+            why = self._lines[key][0].open.waits_for
+        waiting = _Waiting(open_, wish, rather_not, loop.create_future())
+        open_.waits_for = why
+        self._lines.setdefault(key, deque()).append(waiting)
+        self._of[open_.id] = waiting
+        self._wake(loop)
+        try:
+            async with asyncio.timeout(self._patience):
+                return await waiting.found
+        except BaseException as error:
+            if waiting.found.done() and not waiting.found.cancelled():  # found in this very moment
+                self._router.ended(wish.order.id)
+            if not isinstance(error, TimeoutError):
+                raise
+            text = f"{open_.waits_for}; waited {self._patience:g} s"
+            raise Trouble(503, text, code="no_worker", headers={"Retry-After": "5"}) from None
+        finally:
+            self._leave(key, waiting)
+
+    def _try(self, wish: Wish, rather_not: Collection[str], now: float) -> Route | Nowhere:
+        route = self._router.route(wish, now, rather_not=rather_not)
+        if isinstance(route, Route):
+            self._router.send(wish, route)
+        return route
+
+    def changed(self) -> None:
+        """There may be room now, or somebody new."""
+        if not self._lines:
+            return
+        loop = asyncio.get_running_loop()
+        for line in sorted(self._lines.values(), key=lambda line: line[0].open.began):
+            for waiting in line:
+                if waiting.found.done():
+                    continue
+                route = self._try(waiting.wish, waiting.rather_not, loop.time())
+                if isinstance(route, Nowhere):
+                    waiting.open.waits_for = route.why
+                    break
+                waiting.found.set_result(route)
+                waiting.open.waits_for = ""
+        self._wake(loop)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look again when a worker that was left alone may be tried."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        when = self._router.next_probe()
+        if when is not None and self._lines:
+            self._timer = loop.call_at(when, self.changed)
+
+    def _leave(self, key: Hashable, waiting: _Waiting) -> None:
+        del self._of[waiting.open.id]
+        line = self._lines[key]
+        line.remove(waiting)
+        if not line:
+            del self._lines[key]
+
+
+def _needs(wish: Wish) -> Hashable:
+    return wish.writer if wish.boundary else None, wish.answerers
