@@ -195,6 +195,8 @@ class Service:
         """The version that answers, kept until the job that comes of it is finished, or there is none."""
         if self.draining:
             raise Trouble(503, "the server is shutting down: ask another one", code="draining")
+        if self.failure:
+            raise Trouble(503, self.failure, code="engine_failed")
         self.find(asking.model, tenant)
         self.dispatcher.refuse_if_full(asking.choices)  # before any work is done for it
         version = self.sticky.choose(self.roster, asking, tenant.salt)
