@@ -84,6 +84,7 @@ def init_family(folder: Path, base: Path) -> Family:
     config = read_config(base)
     files = weight_files(base)
     tokenizer = Tokenizer.load(base)
+    tokenizer.refuse_broken_template()
     _check_vocabulary(tokenizer, config)
     load_transformer(
         base, config, dtype=torch.bfloat16

@@ -224,11 +224,25 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which each key of a mapping stands once: of two the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in found:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                )
+            found.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: str | Path, *, what: str) -> dict[str, Any]:
     """The values of a YAML file by name, unchecked; ``what`` it should be, for the refusal where it is no mapping."""
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _Once(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -77,6 +77,13 @@ def test_a_family_is_not_made_where_one_is_or_of_what_does_not_fit(
     with pytest.raises(Refused, match="the tokenizer has 300 tokens, the model only 299"):
         init_family(tmp_path / "new", small)
     (small / "config.json").write_text(json.dumps(config))
+    template = (small / "chat_template.jinja").read_text()
+    (small / "chat_template.jinja").write_text("{% for m in")
+    with pytest.raises(
+        Refused, match=r"the chat template cannot be read, line 1: .* mend chat_template.jinja"
+    ):
+        init_family(tmp_path / "new", small)
+    (small / "chat_template.jinja").write_text(template)
     (small / "generation_config.json").write_text('{"eos_token_id": 99999}')
     with pytest.raises(Refused, match=r"eos_token_id 99999 is no token of the model, whose ids are 0 to"):
         init_family(tmp_path / "new", small)

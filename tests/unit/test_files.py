@@ -22,6 +22,7 @@ from heliostat.files import (
     atomic_write_text,
     locked,
     read_json,
+    read_yaml,
     readable_size,
     saving,
 )
@@ -348,3 +349,13 @@ def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path: Path) -> N
 )
 def test_sizes_are_for_people(size: int, shown: str) -> None:
     assert readable_size(size) == shown
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3\n", "x: {b: 1, b: 2}\n"])
+def test_a_key_that_stands_twice_in_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(Refused, match=r"recipe.yaml is not YAML: the key '[ab]' stands there twice"):
+        read_yaml(path, what="recipe")
+    path.write_text("x: &x {b: 1}\ny:\n  <<: *x\n  c: 2\n")
+    assert read_yaml(path, what="recipe")["y"] == {"b": 1, "c": 2}

@@ -114,13 +114,14 @@ def pretrain(recipe_file: RecipeFile = None, as_json: Json = False, **flags: Any
 def recipe_of(kind: type[P], target: Path | None, flags: Mapping[str, Any], *, folder: str) -> P:
     """The recipe that a file or a folder and flags make together; ``folder`` is the field a folder fills."""
     values: dict[str, Any] = {}
-    if target is not None and (target.suffix in YAML or target.is_file()):
+    from_file = target is not None and (target.suffix in YAML or target.is_file())
+    if target is not None and from_file:
         values = read_values(target)
     elif target is not None:
         values = {folder: str(target)}
     overridden = fields_of(kind, flags)
     kept = {word: value for word, value in values.items() if not fields_of(kind, [word]) & overridden}
-    return make_recipe(kind, kept | dict(flags), where=str(target or "recipe"), tell=note)
+    return make_recipe(kind, kept | dict(flags), where=str(target) if from_file else "flags", tell=note)
 
 
 class Onlooker:

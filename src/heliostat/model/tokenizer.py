@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from heliostat.errors import Refused
 from heliostat.model.time_limit import Endless, within
 from heliostat.model.tokenizer_folder import (
@@ -135,11 +137,25 @@ class Tokenizer:
                 f"the chat template did not end within {RENDER_SECONDS:g} s: put another chat_template.jinja beside "
                 "tokenizer.json, or ask for fewer turns"
             ) from error
+        except TemplateSyntaxError as error:
+            raise Refused(
+                f"the chat template cannot be read, line {error.lineno}: {error.message}; mend chat_template.jinja "
+                "or the chat_template of tokenizer_config.json"
+            ) from error
         except Exception as error:  # a template is somebody's program: it may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise Refused(
                 f"the chat template refuses this conversation (roles: {roles or 'none'}): {error}"
             ) from error
+
+    def refuse_broken_template(self) -> None:
+        """Refused where there is a chat template that is none, whatever it is given."""
+        try:
+            if self.has_template:
+                self.render([{"role": "user", "content": "hello"}])
+        except Refused as error:
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                raise  # another refusal may be of this conversation only
 
     def _rendered(self, messages: Any, generation: bool, tools: Sequence[Mapping[str, Any]]) -> str:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation}

@@ -183,7 +183,7 @@ class Recipe(Pace):
     too_long: Literal["refuse", "skip"] = "refuse"
     """Records longer than max_length: refuse the run, or skip and count them."""
     packing: bool = False
-    """Fill rows of max_length with several documents. For text records only."""
+    """Not for tuning, which groups examples by length: only `heliostat pretrain` packs rows."""
     skip_bad: bool = False
     """Leave out lines that cannot be read, and count them, instead of refusing the run."""
     metric: str = Field(DEFAULT_METRIC, description=f"How answers to eval_data are graded. {METRICS_SHOWN}.")

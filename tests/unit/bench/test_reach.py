@@ -34,7 +34,7 @@ def test_the_page_compares_within_a_column() -> None:
         "ICaRus": {"10 steps": 0.5, "30 steps": 0.5, "30 steps, r 64": 0.5},
         "control: SUN's writer": {"10 steps": 0.25, "30 steps": 0.5},
     }
-    made = reach.page({"math": table}, certificate("the command"))
+    made = reach.page({"math": {"birth": certificate("the command"), "table": table}})
     assert "| | 10 steps | 30 steps | 30 steps, r 64 |" in made and "the command" in made
     assert "| SUN | 25.0 % (-25.0) | 75.0 % (+0.0) |  |" in made
     assert "| control: SUN's writer | 25.0 % (-25.0) | 50.0 % (-25.0) |  |" in made
