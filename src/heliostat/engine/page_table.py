@@ -103,6 +103,8 @@ class PageTable:
         self._references = [0] * pages
         self._published: list[_Published | None] = [None] * pages
         self._by_key: dict[bytes, int] = {}
+        self._after: dict[bytes, set[int]] = {}
+        """Cached pages that go on from a key, cached itself or not; beginnings go on from none."""
 
     def pages_for(self, positions: int) -> int:
         return -(-positions // self.page_size)
@@ -192,12 +194,20 @@ class PageTable:
         published = self._published[page]
         assert published is not None and not self._references[page]
         del self._by_key[published.key]
+        self._part(page, published.previous)
         self._lost[published.key] = self._hits[page]
         if len(self._lost) > self.pages:
             self._lost.popitem(last=False)
         self._published[page], self._hits[page] = None, 0
         self.counters.evictions += 1
         return page
+
+    def _part(self, page: int, previous: bytes) -> None:
+        """A cached page goes on from ``previous`` no more."""
+        if previous:
+            self._after[previous].discard(page)
+            if not self._after[previous]:
+                del self._after[previous]
 
     def _before(self, page: int) -> int | None:
         """The cached page that a cached one goes on from; it may be a twin of the one its holders have."""
@@ -231,9 +241,13 @@ class PageTable:
         assert previous is not None, "a page behind one without a key has none"
         writer = request.writer_of(index * self.page_size)
         self._published[page] = _Published(key, previous, writer, request.member)
+        if previous:
+            self._after.setdefault(previous, set()).add(page)
         if key in self._lost:  # what a preempted request lost and makes again was not found by another
             self._hits[page] = self._lost.pop(key) + (not request.preemptions)
-            self._raise_before(page)
+        # Pages that go on from it may have stayed while it was lost: found by way of a twin, they count for it, too.
+        self._hits[page] = max([self._hits[page], *(self._hits[after] for after in self._after.get(key, ()))])
+        self._raise_before(page)
 
     def release(self, pages: Sequence[int]) -> None:
         """Give up one reference to each of a request's pages, in the order of positions."""
