@@ -32,7 +32,7 @@ demo: $(STAMP)  ## one task, every sharing, tables and out/demo/report.html
 	$(BIN)/heliostat demo
 
 test: lint types  ## what CI runs: lint, types and all tests but the slow ones
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients, a browser, a soak, sanitizers
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'

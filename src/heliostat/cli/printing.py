@@ -44,9 +44,6 @@ def print_table(
     from rich.text import Text
 
     table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -61,6 +58,7 @@ def print_table(
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNFOLDED
+    console.print(Text(title, style="bold"), soft_wrap=True)  # a table would break it at its own width
     console.print(table)
 
 

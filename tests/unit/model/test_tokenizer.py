@@ -161,7 +161,7 @@ class TestIds:
     )
     def test_a_broken_or_hostile_template_is_refused(self, tokenizer_folder: Folder, template: str) -> None:
         tokenizer = Tokenizer.load(tokenizer_folder(template=template))
-        with pytest.raises(Refused, match="the chat template refuses"):
+        with pytest.raises(Refused, match="the chat template (refuses|cannot be read, line 1)"):
             tokenizer.prompt_ids(ASKED)
 
 
