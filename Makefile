@@ -54,7 +54,7 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 
 bench: $(STAMP)  ## training steps, tuners side by side, a routing decision; the engine beside others that are installed
 	$(BIN)/python -m heliostat.bench.step_time
-	$(BIN)/heliostat bench train --out docs/results
+	$(BIN)/heliostat bench train --hidden-size 384 --batch 2 --repeats 5 --out docs/results
 	$(BIN)/python -m heliostat.bench.routing
 	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
 

@@ -179,6 +179,8 @@ def main(wish: Wish, out: Path, *, console: Console) -> tuple[dict[str, Any], Pa
     command = (
         f"heliostat bench train --tuners {','.join(wish.tuners)} --dropbp {','.join(f'{r:g}' for r in wish.rates)}"
         f" --r {wish.r} --hidden-size {wish.hidden_size} --layers {wish.layers} --batch {wish.batch}"
-        f" --length {wish.length}"
+        f" --length {wish.length} --spoken {wish.spoken} --vocabulary {wish.vocabulary} --repeats {wish.repeats}"
+        f" --loss-steps {wish.loss_steps} --budget-mib {wish.budget_mib} --device {wish.device}"
+        f"{'' if wish.peft else ' --no-peft'}"
     )
     return found, write(out, found, wish, certificate(command, repeats=wish.repeats))

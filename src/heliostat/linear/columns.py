@@ -37,7 +37,7 @@ class Gather:
     """x[..., I] for all Linears that read one input: gathered by whoever comes first, then handed on."""
 
     def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[Tensor], int, torch.dtype] | None = None
+        self._seen: tuple[weakref.ref[Tensor], int, torch.dtype, bool] | None = None
         self._kept: weakref.ref[Tensor] | None = None
 
     def __call__(self, x: Tensor, columns: Tensor) -> Tensor:
@@ -47,11 +47,13 @@ class Gather:
             return x.index_select(-1, columns).to(kind)
         kept = self._kept() if self._kept is not None else None
         if kept is not None and self._seen is not None:
-            seen, version, dtype = self._seen
-            if seen() is x and version == x._version and dtype == kind:
+            seen, *facts = self._seen
+            if seen() is x and facts == [x._version, kind, torch.is_grad_enabled()]:
                 return kept
         kept = x.index_select(-1, columns).to(kind)
-        self._seen, self._kept = (weakref.ref(x), x._version, kind), weakref.ref(kept)
+        # What was gathered off the tape carries no gradient to x, so that it is no good for who is on it.
+        self._seen = (weakref.ref(x), x._version, kind, torch.is_grad_enabled())
+        self._kept = weakref.ref(kept)
         return kept
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gather:

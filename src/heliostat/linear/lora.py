@@ -161,8 +161,10 @@ def put_adapter(model: nn.Module, path: str, name: str, *, r: int, scale: float)
 
 
 def put_part(model: nn.Module, path: str, name: str, part: Part) -> None:
-    """Put an adapter's part on the Linear at ``path``."""
+    """Put an adapter's part on the Linear at ``path``, in place of one of that name: the weight is first as it was."""
     module = adapted_at(model, path)
+    if isinstance(old := module.part(name), Columns):
+        old.lift(module.inner)
     module.adapters[_key(name)] = part.to(module.weight.device)
 
 

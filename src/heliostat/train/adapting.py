@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from heliostat.build import BASE, Loaded
+from heliostat.errors import Refused
 from heliostat.linear.adapter import save_adapter, save_columns
 from heliostat.linear.choice import add_columns, put_columns
 from heliostat.linear.lora import add_adapter, parts_of
@@ -81,6 +82,11 @@ def keep_columns(run_folder: Path, loaded: Loaded) -> None:
 def kept_columns(run_folder: Path, recipe: Settled) -> dict[str, Tensor] | None:
     """The columns of a run that goes on; None where it begins."""
     begins = recipe.resume_from_checkpoint is False or not checkpoints(run_folder)
-    if recipe.tuner != "paca" or begins or not (run_folder / CHOSEN).is_file():
+    if recipe.tuner != "paca" or begins:
         return None
+    if not (run_folder / CHOSEN).is_file():
+        raise Refused(
+            f"{run_folder / CHOSEN} is missing: it says which columns this run tunes; start over with "
+            "--resume-from-checkpoint false"
+        )
     return dict(read_tensors([run_folder / CHOSEN]))

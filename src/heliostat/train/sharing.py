@@ -243,6 +243,10 @@ def wrap(model: nn.Module, *, row: str | Row) -> InRow:
     return InRow(model, found)
 
 
+DROPPED = "branches_dropped"
+"""Attribute of a transformers model whose branches `dropbp.wrap` drops."""
+
+
 class InRow(nn.Module):
     """See ``wrap``. The model itself is ``model``: save that one."""
 
@@ -250,6 +254,11 @@ class InRow(nn.Module):
 
     def __init__(self, model: nn.Module, row: Row) -> None:
         super().__init__()
+        if getattr(model, DROPPED, False):
+            raise Refused(
+                "dropbp.wrap was put on this model, and in a row it would drop nothing: undo it, or use heliostat train "
+                "--sharing ... --dropbp ..."
+            )
         ours = mirrored(model)
         self.model, self.row, self.config = model, row, model.config
         linears = adapted_linears(model)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from heliostat.errors import Refused
 from heliostat.train.droprates import Branch, by_sensitivity, check_rate, draw, dropped_share, uniform
+from heliostat.train.sharing import DROPPED, InRow
 
 KNOWN = (
     (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
@@ -34,6 +35,11 @@ class Wrapped:
     def __init__(self, model: nn.Module, rate: float, *, steps: int | None, seed: int, length: int) -> None:
         self.model, self.rate, self.steps, self.seed = model, check_rate(rate), steps, seed
         self.step, self.measured = 0, False
+        if isinstance(model, InRow):
+            raise Refused(
+                "dropbp: a model that sharing.wrap put into a row cannot drop branches; heliostat train --sharing ... "
+                "--dropbp ... can"
+            )
         layers = _layers(model)
         self.branches = tuple(
             branch
@@ -44,6 +50,7 @@ class Wrapped:
         self._bodies = [layer.get_submodule(body) for layer, pairs in layers for _, body in pairs]
         for place, body in enumerate(self._bodies):
             self._bind(body, place)
+        setattr(model, DROPPED, True)
         self._own = {id(p) for p in model.parameters()}
         self._sample: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._hooks = [
@@ -96,6 +103,7 @@ class Wrapped:
             body.__dict__.pop("forward", None)
         for hook in self._hooks:
             hook.remove()
+        setattr(self.model, DROPPED, False)
         return self.model
 
     def _bind(self, body: nn.Module, place: int) -> None:
@@ -129,6 +137,8 @@ class Wrapped:
         assert self._sample is not None
         args, kwargs = self._sample
         found = self.model(*args, **kwargs)
+        if getattr(found, "loss", None) is not None and not found.loss.isfinite():
+            return  # a row without a single label: the next batch has another
         if getattr(found, "loss", None) is None:
             raise Refused(
                 "dropbp: the model returns no loss to measure sensitivities with; give its labels, call "

@@ -119,6 +119,24 @@ def test_several_on_one_model_each_its_own(tiny_base: Path) -> None:
         torch.testing.assert_close(logits(model), found[name], rtol=0, atol=1e-5)
 
 
+def test_put_on_again_begins_from_the_base(tiny_base: Path, tmp_path: Path) -> None:
+    model = theirs(tiny_base)
+    base = logits(model)
+    paca.apply(model, r=4)
+    train(model)
+    tuned = logits(model)
+    paca.save(model, tmp_path)
+    paca.load(model, tmp_path)  # over the columns that are in the weights
+    torch.testing.assert_close(logits(model), tuned, rtol=0, atol=1e-5)
+    paca.wear(model, None)
+    torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
+    again = theirs(tiny_base)
+    paca.apply(again, r=4)
+    train(again)
+    paca.apply(again, r=4, seed=1)
+    torch.testing.assert_close(logits(again), base, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_saved_without_loss_and_read_back(small: bool, tiny_base: Path, tmp_path: Path) -> None:
     model = theirs(tiny_base)

@@ -15,6 +15,7 @@ from heliostat.family import SHARINGS, Row
 from heliostat.linear import paca
 from heliostat.model.config import read_config
 from heliostat.model.weights import load_transformer
+from heliostat.train import dropbp
 from heliostat.train.data import Example
 from heliostat.train.sharing import labelled, lay_out, log_probabilities, speak, wrap
 
@@ -125,6 +126,11 @@ def test_refusals(tiny_base: Path) -> None:
         wrap(theirs(tiny_base), row=Row("math", "base", "base", "math"))
     with pytest.raises(Refused, match="Linear is no causal LM of transformers"):
         wrap(nn.Linear(2, 2), row="sun")
+    with pytest.raises(Refused, match="in a row it would drop nothing"):
+        wrap(dropbp.wrap(dropped := theirs(tiny_base), rate=0.5).model, row="sun")
+    assert wrap(dropbp.wrap(dropped, rate=0.5).undo(), row="sun")
+    with pytest.raises(Refused, match="into a row cannot drop branches"):
+        dropbp.wrap(wrap(theirs(tiny_base), row="sun"), rate=0.5)
     model = theirs(tiny_base)
     paca.apply(model, r=4)
     with pytest.raises(Refused, match=r"k_proj.*writes no keys or values"):
