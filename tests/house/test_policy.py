@@ -19,6 +19,7 @@ POLICY = (
     "heliostat.engine.idle",
     "heliostat.engine.prefixes",
     "heliostat.engine.scheduler",
+    "heliostat.engine.batch",
     "heliostat.bench.counting",
     "heliostat.bench.logs",
     "heliostat.bench.measured",

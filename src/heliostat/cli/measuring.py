@@ -84,7 +84,9 @@ def client(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """Sessions of several members over one growing context: react, reflexion, fanout.
+    """Sessions of several members over one context.
+
+    Workflows are react, reflexion and fanout; the context grows.
 
     Ctrl-C ends it and keeps what was measured.
     """
@@ -120,7 +122,9 @@ def replay(
     as_json: Json = False,
     **flags: Any,
 ) -> None:
-    """A public trace, its requests given to members; what begins alike in the trace begins alike here.
+    """A public trace, given to members.
+
+    What begins alike in the trace begins alike here.
 
     Ctrl-C ends it and keeps what was measured.
     """

@@ -35,7 +35,10 @@ def train(
     ),
     as_json: Json = False,
 ) -> None:
-    """Full tuning, LoRA and PaCA, branches dropped or not: time, memory and loss of training steps."""
+    """Tuners and drop rates: time, memory, loss.
+
+    Full tuning, LoRA and PaCA, branches dropped or not, in training steps side by side.
+    """
     from rich.console import Console
 
     from heliostat.bench.tuning import Wish
