@@ -29,7 +29,8 @@ LENGTHS = "--context 40 --role 8 --answer 6 --observation 8 --pause 0.02"
 
 @pytest.fixture
 def address(tiny_family_made: Path) -> Iterator[str]:
-    with served(tiny_family_made, "--cache-mib", "32") as (found, _):
+    # Room for all that is ever written: as many pages as so many requests could need.
+    with served(tiny_family_made, "--cache-mib", "64", "--max-running", "512") as (found, _):
         yield found
 
 
