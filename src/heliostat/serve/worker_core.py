@@ -119,7 +119,8 @@ class Core:
         )
 
     def stats(self) -> Stats:
-        """What it is doing."""
+        """What it is doing. Asked for now and then, so that memory of the dead is given up here as well."""
+        self.lending.shelves.tidy()
         return stats_of(self.engine, self._pace, leased=len(self.lending.out), arriving=self._fetching)
 
     @property

@@ -56,9 +56,8 @@ def spawn(settings: WorkerSettings) -> subprocess.Popen[bytes]:
 
 def main(given: BinaryIO) -> int:
     """Serve until dismissed; returns the exit status."""
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # sent to a whole group, it is for the server, which drains first
+    # Sent to a whole group, it is for the server, which drains first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = msgspec.json.decode(given.readline(), type=WorkerSettings)
     held: list[EngineWorker] = []
     threading.Thread(target=_until_orphaned, args=(given, held), daemon=True).start()
