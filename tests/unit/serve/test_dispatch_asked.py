@@ -26,7 +26,7 @@ ORDER = Order(id="o", row=Row("base", "a", "a", "a"), digests={}, prompt=(1, 2),
 )
 def test_who_is_blamed(code: Code, reached: bool, blamed: str) -> None:
     async def work() -> None:
-        attempt = Attempt(ORDER, Route(decode="d", prefill="p"), reached=reached)
+        attempt = Attempt(ORDER, Route(decode="d", prefill="p", tail=0), reached=reached)
         assert attempt.blamed(no("o", code, "why")) == blamed
 
     asyncio.run(work())
