@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.protocol import Failed, Handed, Handle, Order, Said
 from heliostat.serve.worker import EngineWorker
+from heliostat.serve.worker_core import TIDY_SECONDS
 from tests.promises.crews import Listener, answered, assert_empty, make_worker, order_of
 from tests.promises.toys import PAGE, Job, make_engine, serve
 
@@ -200,10 +202,27 @@ def test_an_order_that_still_waits_when_its_lease_is_over_fails_then(
         assert await second.decode(order, listener.hear, handle) is None
         began = asyncio.get_running_loop().time()
         await listener.ended.wait()
-        assert listener.failed is not None and listener.failed.code == "pages_gone"
+        assert listener.failed is not None and listener.failed.code == "late" and listener.failed.retry
         assert asyncio.get_running_loop().time() - began == pytest.approx(0.5, abs=0.02)
         await steps(first, 1)
         await assert_empty(first, second)
+
+    run_virtual(story())
+
+
+def test_memory_of_the_dead_is_given_up_while_nothing_is_asked(
+    modules: Modules, tokenizer: Tokenizer
+) -> None:
+    async def story() -> None:
+        first, second = workers(modules, tokenizer)
+        told = await answered(order_of(job(), digests_of(first, second)), second, first)
+        assert told.ids
+        store, shelves = first.core.engine.store, second.core.lending.shelves
+        assert store is not None
+        memory = weakref.ref(shelves.look(store.name).content.obj)
+        await first.close()
+        second.core.tick(asyncio.get_running_loop().time() + TIDY_SECONDS)
+        assert memory() is None
 
     run_virtual(story())
 

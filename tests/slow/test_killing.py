@@ -172,3 +172,32 @@ def test_a_worker_with_settings_that_cannot_be_met_says_why(tiny_family_made: Pa
     finally:
         assert process.stdin is not None
         process.stdin.close()
+
+
+def test_a_signal_to_the_whole_group_does_not_end_a_worker(tiny_family_made: Path, tmp_path: Path) -> None:
+    from heliostat.build import read_family
+    from heliostat.serve.protocol import WorkerSettings
+    from heliostat.serve.worker_process import spawn
+
+    endpoint = tmp_path / "w"
+    settings = WorkerSettings(
+        family=str(tiny_family_made),
+        worker="w",
+        incarnation="i",
+        modules={"base": read_family(tiny_family_made).modules["base"].digest},
+        endpoint=str(endpoint),
+    )
+    process = spawn(settings)
+    try:
+        until = time.monotonic() + 60
+        while not endpoint.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert endpoint.exists()
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(10) == 0, "its input says when"
+    finally:
+        process.kill()

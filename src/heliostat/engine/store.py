@@ -75,11 +75,10 @@ class Store:
         """Memory of this process, zeroed; it is held as long as the process lives. Refused where there is none."""
         path = _path(name)
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            file = _held(path)
         except OSError as error:
             raise Refused(f"no memory for pages under the name {name!r}: {error.strerror}") from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _allocate(file, form, path.parent)
             memory = mmap.mmap(file, form.size)
         except BaseException:
@@ -158,10 +157,14 @@ class Shelves:
         """Raises Gone where there is none."""
         found = self._open.get(name)
         if found is None:
-            for old in [store for store in self._open.values() if not store.alive]:
-                self._open.pop(old.name).close()
+            self.tidy()
             found = self._open[name] = self.open(name)
         return found
+
+    def tidy(self) -> None:
+        """Give up those of the dead: while they are open here, their memory is nobody else's."""
+        for old in [store for store in self._open.values() if not store.alive]:
+            self._open.pop(old.name).close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,16 @@ def _path(name: str) -> Path:
     if not name or not all(sign.isalnum() or sign in "-_." for sign in name) or name.startswith("."):
         raise Gone(f"{name!r} is no name of a memory")
     return _folder() / name
+
+
+def _held(path: Path) -> int:
+    """A new file that this process holds and that has its name; a sweep may come before one is held."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)
 
 
 def _allocate(file: int, form: Form, folder: Path) -> None:

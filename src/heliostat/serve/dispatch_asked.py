@@ -128,7 +128,10 @@ class Attempt:
         return Failed(order=self.order.id, status=503, code="worker_lost", reason=why, retry=True)
 
     def blamed(self, failed: Failed) -> str:
-        """The worker whose fault a failure is: pages that are not there are missed by who reads them."""
+        """The worker whose fault a failure is: pages that are not there are missed by who reads them. Empty: nobody's,
+        who decodes was busy for as long as they were held."""
+        if failed.code == "late":
+            return ""
         if self.reached and failed.code not in ("pages_gone", "misfit"):
             return self.route.decode
         return self.route.prefill or self.route.decode

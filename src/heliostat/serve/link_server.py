@@ -137,6 +137,8 @@ class Servant:
         self._open[order.id] = (number, len(order.answer))
         failed = await self._worker.decode(order, self._hear, call.handle)
         if failed is None:
+            if order.id not in self._open:  # its abort came before it was taken in, or it has ended already
+                self._worker.abort(order.id)
             return Done()
         self._close(order.id)
         return failed

@@ -8,9 +8,12 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import Popen
+
+import zmq
 
 from heliostat.build import best_dtype, device_named
 from heliostat.engine.ledger import MIB, Ledger, available_memory
@@ -64,15 +67,19 @@ class Process:
             await asyncio.sleep(_LOOK)
         why = why or _how(self._process)
         self.worker.lost(f"the worker {why}")
+        await self._let_go()
         return why
 
     async def end(self) -> None:
         """It lives while somebody holds its input open."""
+        await self._let_go()
+        while self._process.poll() is None:
+            await asyncio.sleep(_LOOK)
+
+    async def _let_go(self) -> None:
         await self.worker.close()
         if self._process.stdin is not None:
             self._process.stdin.close()
-        while self._process.poll() is None:
-            await asyncio.sleep(_LOOK)
 
     def kill(self) -> None:
         """At once."""
@@ -95,7 +102,8 @@ class Starter:
         self._store = f"{STORE}{os.getpid()}-{secrets.token_hex(4)}"
 
     async def __call__(self, place: Place, modules: Mapping[str, str]) -> Process:
-        """The worker of a place; raises ConnectionError where its process ends before it can be reached."""
+        """The worker of a place; raises ConnectionError where its process ends before it can be reached, OSError where
+        this machine gives no process or no socket."""
         incarnation = secrets.token_hex(8)
         endpoint = self._folder / f"{place.name}-{incarnation}"
         settings = WorkerSettings(
@@ -119,10 +127,13 @@ class Starter:
                 if process.poll() is not None:
                     raise ConnectionError(_how(process))
                 await asyncio.sleep(_LOOK)
-        except BaseException:
-            process.kill()
+            worker = RemoteWorker(Wire(endpoint, bind=False), log=self._log)
+        except BaseException as error:
+            with suppress(BrokenPipeError), process:  # waits: a sweep takes only what no living process holds
+                process.kill()
+            if isinstance(error, zmq.ZMQError):
+                raise OSError(error.errno, str(error)) from error
             raise
-        worker = RemoteWorker(Wire(endpoint, bind=False), log=self._log)
         worker.start()
         return Process(process, worker)
 

@@ -169,7 +169,8 @@ Code = Literal[
     "busy",  # too many handed requests wait here already
     "draining",
     "misfit",  # pages of a worker that does not fit this one
-    "pages_gone",  # the handle's pages are not there (any more): lease over, reassigned, another life, damaged
+    "pages_gone",  # the handle's pages are not there (any more): reassigned, another life, damaged
+    "late",  # the lease of its pages was over before it had them here: it waited for its turn
     "pages_lost",  # it lost its pages here to others and its prompt_writer is not hosted here
     "deadline",
     "aborted",  # by the one who asked
@@ -195,7 +196,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 STATUS: dict[Code, int] = {"refused": 400, "schema": 400, "busy": 429, "aborted": 499}
 """What a client is told; 503 else."""
 RETRY: frozenset[Code] = frozenset(
-    {"module_missing", "busy", "draining", "pages_gone", "pages_lost", "engine_failed", "worker_lost"}
+    {"module_missing", "busy", "draining", "pages_gone", "late", "pages_lost", "engine_failed", "worker_lost"}
 )
 """Where asking again makes sense."""
 

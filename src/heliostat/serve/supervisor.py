@@ -21,7 +21,7 @@ from heliostat.serve.protocol import Described, Stats, Worker
 from heliostat.serve.roster import family_name, module_name
 
 QUICK = 30.0
-"""A worker that lives for less seconds than this died quickly."""
+"""A worker that is ready for less seconds than this died quickly, and so did one that never was."""
 MOST_QUICK = 6
 """Quick deaths in a row after which it is given up."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
@@ -44,7 +44,7 @@ class Running(Protocol):
         """The process's, for people."""
 
     async def ended(self) -> str:
-        """Returns when the process is gone: how."""
+        """Returns when the process is gone, and nothing of it is held here any more: how."""
 
     async def end(self) -> None:
         """Have it end by itself; returns when it has."""
@@ -54,7 +54,10 @@ class Running(Protocol):
 
 
 Start = Callable[[Place, Mapping[str, str]], Awaitable[Running]]
-"""Starts the worker of a place, which hosts these modules (the family's names -> digests), and reaches it."""
+"""Starts the worker of a place, which hosts these modules (the family's names -> digests), and reaches it.
+
+Raises ConnectionError where it ends before that, OSError where the machine gives no process or no line to it.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -152,12 +155,13 @@ class Supervisor:
         """Start it, and again whenever it has ended, until it is given up."""
         loop = asyncio.get_running_loop()
         while True:
-            began = loop.time()
+            quick = True  # one that does not even begin
             try:
                 await self._begin(post)
             except Refused as refused:
                 post.why = str(refused)
             else:
+                began = loop.time()
                 assert post.running is not None
                 self._log.say(
                     "worker ready",
@@ -168,7 +172,8 @@ class Supervisor:
                 post.state = "up"
                 post.ready.set()
                 post.why = await post.running.ended()
-            self._lost(post, quick=loop.time() - began < QUICK)
+                quick = loop.time() - began < QUICK
+            await self._lost(post, quick=quick)
             if post.state == "given up":
                 return
             await asyncio.sleep(self._pause(post))
@@ -184,6 +189,8 @@ class Supervisor:
             raise Refused(f"it was not ready within {READY_SECONDS:g} s") from None
         except ConnectionError as error:
             raise Refused(f"it ended before it was ready ({error})") from None
+        except OSError as error:
+            raise Refused(f"it cannot be started here ({error})") from None
         self._refuse_stranger(post, described)
         self._dispatcher.join(post.running.worker, described)
 
@@ -204,10 +211,11 @@ class Supervisor:
             raise Refused(f"it has the roles {', '.join(found.roles)}, not {', '.join(post.place.roles)}")
         self._fit = found.fit
 
-    def _lost(self, post: _Post, *, quick: bool) -> None:
+    async def _lost(self, post: _Post, *, quick: bool) -> None:
         self._dispatcher.leave(post.place.name)
         if post.running is not None:
             post.running.kill()
+            await post.running.ended()  # only then is its memory nobody's
             post.running = None
         self._sweep()
         post.quick = post.quick + 1 if quick else 0

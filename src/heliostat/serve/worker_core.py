@@ -34,6 +34,8 @@ from heliostat.serve.worker_lending import Lending, Terms, fit
 from heliostat.serve.worker_stats import Pace, stats_of
 
 Event = Said | Handed | Failed
+TIDY_SECONDS = 1.0
+"""Seconds after which memory of dead workers is given up; a busy worker ticks far more often."""
 
 
 @dataclass(slots=True)
@@ -95,6 +97,7 @@ class Core:
         self._waiting: dict[str, _Open] = {}  # those that no step had yet
         self._due: list[tuple[float, int, str | Handle]] = []  # an order's id, or a handle that was lent
         self._numbers = itertools.count()
+        self._tidied = -math.inf
 
     # ---- what it is
 
@@ -252,6 +255,9 @@ class Core:
 
     def tick(self, now: float) -> list[Event]:
         """What is due by now."""
+        if now >= self._tidied + TIDY_SECONDS:
+            self._tidied = now
+            self.lending.shelves.tidy()
         found: list[Event] = []
         while self._due and self._due[0][0] <= now:
             about = heapq.heappop(self._due)[2]
@@ -268,7 +274,7 @@ class Core:
             return [no(order, "deadline", "not answered within its deadline")]
         if opened.lease <= now and opened.fetching:
             self.abort(order)
-            return [no(order, "pages_gone", "the lease of its pages is over")]
+            return [no(order, "late", "the lease of its pages was over before they were here")]
         return []
 
     # ---- steps

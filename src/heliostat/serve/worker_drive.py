@@ -17,8 +17,8 @@ Deliver = Callable[[Sequence[Event]], None]
 
 LAST_STEP = 10.0
 """Seconds that the step in progress may take when the worker ends; the thread does not keep the process alive."""
-LONGEST_WAIT = 60.0
-"""Seconds that an idle thread sleeps at most."""
+LONGEST_WAIT = 1.0
+"""Seconds that an idle thread sleeps at most: it still has to notice who died."""
 
 
 class Drive(Protocol):

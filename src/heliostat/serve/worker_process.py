@@ -56,6 +56,8 @@ def spawn(settings: WorkerSettings) -> subprocess.Popen[bytes]:
 
 def main(given: BinaryIO) -> int:
     """Serve until dismissed; returns the exit status."""
+    # Sent to a whole group, it is for the server, which drains first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = msgspec.json.decode(given.readline(), type=WorkerSettings)
     held: list[EngineWorker] = []
     threading.Thread(target=_until_orphaned, args=(given, held), daemon=True).start()
@@ -83,7 +85,6 @@ async def _serve(worker: EngineWorker, endpoint: Path) -> int:
     partial = endpoint.with_name(f"{endpoint.name}~")
     servant = Servant(worker, Wire(partial, bind=True))
     servant.start()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, servant.dismissed.set)
     partial.rename(endpoint)  # only now: whoever finds it is answered
     while not servant.dismissed.is_set() and not worker.failure:
         await asyncio.sleep(_LOOK)

@@ -1,9 +1,11 @@
 """Memory for pages that others read: what they find, what they refuse, and what is left when its owner is gone."""
 
+import fcntl
 import os
 import secrets
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -139,6 +141,31 @@ def test_a_memory_is_opened_once_and_forgotten_with_its_name(made: Made) -> None
     shelves.look(two.name)
     with pytest.raises(Gone):
         shelves.look(one.name)
+
+
+def test_the_memory_of_the_dead_is_given_up_without_another_look(made: Made) -> None:
+    one, two = made("one"), made("two")
+    shelves = Shelves()
+    dead, kept = weakref.ref(shelves.look(one.name).content.obj), shelves.look(two.name)
+    one.close(remove=True)
+    shelves.tidy()
+    assert dead() is None, "its mapping is gone"
+    assert shelves.look(two.name) is kept
+
+
+def test_a_sweep_before_a_new_memory_is_held_takes_nothing_of_it(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordinary, swept = fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", ordinary)
+        swept.extend(sweep(PREFIX))
+        ordinary(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    one = made()
+    assert swept == [one.name] and one.alive and Store.look(one.name).incarnation == "first"
 
 
 def test_the_digest_of_a_full_page_is_read_anew_when_it_is_given_out_again(made: Made) -> None:

@@ -79,6 +79,8 @@ class Puppet:
         self.aborted: list[str] = []
         self.released: list[Handle] = []
         self.refuses: Failed | None = None
+        self.takes_in = 0.0
+        """Seconds until an order is taken in: its schema is read first."""
 
     async def describe(self) -> Described:
         return Described(
@@ -102,6 +104,7 @@ class Puppet:
         return await self.prefills[order.id]
 
     async def decode(self, order: Order, hear: Hear, handle: Handle | None = None) -> Failed | None:
+        await asyncio.sleep(self.takes_in)
         self.hears[order.id] = hear
         return self.refuses
 
@@ -421,3 +424,17 @@ def test_over_a_real_socket(tmp_path: Path) -> None:
             await work()
 
     asyncio.run(soon())
+
+
+def test_an_abort_that_comes_before_its_order_is_taken_in_ends_it_then() -> None:
+    async def work(both: Both) -> None:
+        both.puppet.takes_in = 0.5
+        asking = asyncio.ensure_future(both.decoding())
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        await asyncio.sleep(0.1)
+        assert both.puppet.aborted == ["o"] and not both.puppet.hears
+        await asyncio.sleep(3)
+        assert not both.puppet.hears, "nobody listens, nobody works"
+
+    story(work)

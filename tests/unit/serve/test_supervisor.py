@@ -47,9 +47,12 @@ class Process:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     how: str = ""
     number: int = 0
+    held: bool = True
+    """Whether something of it is left here: ``ended`` gives it up."""
 
     async def ended(self) -> str:
         await self.over.wait()
+        self.held = False
         return self.how
 
     def dies(self, how: str) -> None:
@@ -91,11 +94,18 @@ class Machine:
 
     changes: dict[str, dict[str, Any]] = field(default_factory=dict)
     refuses: bool = False
+    short: int = 0
+    """How often there is no process to be had."""
+    loads: float = 1
+    """Seconds until one is ready."""
     started: list[tuple[float, Process]] = field(default_factory=list)
     swept: int = 0
 
     async def __call__(self, place: Place, modules: Mapping[str, str]) -> Process:
-        await asyncio.sleep(1)
+        await asyncio.sleep(self.loads)
+        if self.short:
+            self.short -= 1
+            raise BlockingIOError("no more processes")
         if self.refuses:
             raise ConnectionError("ended with status 2")
         process = Process(Idle(describe(place, modules, **self.changes.get(place.name, {}))))
@@ -222,12 +232,35 @@ def test_pauses_grow_and_who_dies_quickly_too_often_is_given_up() -> None:
     watched(work)
 
 
+def test_who_loads_long_and_dies_at_once_died_quickly() -> None:
+    async def work(crew: Supervisor, dispatcher: Dispatcher, machine: Machine) -> None:
+        for _ in range(MOST_QUICK):
+            while states(crew)["d"] != "up":
+                await asyncio.sleep(1)
+            machine.latest("d").dies("ended by signal 11")
+            await asyncio.sleep(0.01)
+        assert states(crew)["d"] == "given up"
+
+    watched(work, Machine(loads=2 * QUICK))
+
+
+def test_a_machine_without_room_for_a_process_is_asked_again() -> None:
+    async def work(crew: Supervisor, dispatcher: Dispatcher, machine: Machine) -> None:
+        machine.short = 2
+        machine.latest("d").dies("ended by signal 9")
+        await asyncio.sleep(10)
+        assert states(crew)["d"] == "up" and not machine.short
+
+    watched(work)
+
+
 def test_one_that_comes_back_as_another_is_not_let_in() -> None:
     async def work(crew: Supervisor, dispatcher: Dispatcher, machine: Machine) -> None:
         machine.changes["d"] = {"fit": "other"}
         machine.latest("d").dies("ended by signal 9")
         await asyncio.sleep(5)
         assert "d" not in dispatcher.workers
+        assert not machine.latest("d").held, "its line is closed as well"
         machine.changes.clear()
         await asyncio.sleep(5)
         assert "d" in dispatcher.workers
