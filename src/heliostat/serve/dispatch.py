@@ -194,6 +194,12 @@ class Dispatcher:
         attempt = Attempt(order, route)
         try:
             failed = await self._run(open_, attempt)
+            # Before the next ones are placed: they need not run into the same.
+            if failed is not None:
+                self._judge(attempt.blamed(failed), failed, shunned)
+            else:
+                self.router.well(route.decode)
+            return failed
         except BaseException:
             self._abandon(attempt)
             raise
@@ -202,11 +208,6 @@ class Dispatcher:
             self.metrics.decoded(open_, route.decode, asyncio.get_running_loop().time())
             open_.decoding = None
             self._queue.changed()
-        if failed is not None:
-            self._judge(attempt.blamed(failed), failed, shunned)
-        else:
-            self.router.well(route.decode)
-        return failed
 
     async def _run(self, open_: Open, attempt: Attempt) -> Failed | None:
         order, route = attempt.order, attempt.route
@@ -235,6 +236,7 @@ class Dispatcher:
         open_.note(handed.spent)
         self.router.prefilled(attempt.order.id, handed.spent)
         self.router.well(name)
+        self._queue.changed()
         self.metrics.prefilled(open_, handed.spent, name)
         if handed.first is None:
             return False
