@@ -49,6 +49,9 @@ class Dispatcher:
         """Why nothing can be answered any more; empty while all is well."""
         self.broke: Callable[[str, str], None] = self._broke
         """Told (worker, why) where one can answer nothing any more; by default nothing can be, then."""
+        self.max_length, self.page_size = 0, 1
+        """Most tokens of a request that every worker takes, and positions of a page (equal everywhere, or pages could
+        not travel); while no worker is there as they were last."""
         self._open: dict[str, Open] = {}
         self._queue = Queue(self.router, patience=patience)
 
@@ -59,6 +62,7 @@ class Dispatcher:
         if described.worker in self.workers and self.workers[described.worker] is not worker:
             self.leave(described.worker)
         self.workers[described.worker], self.described[described.worker] = worker, described
+        self._measure()
         self.router.join(described)
         self._queue.changed()
 
@@ -67,22 +71,18 @@ class Dispatcher:
         self.router.leave(name)
         self.workers.pop(name, None)
         self.described.pop(name, None)
+        self._measure()
+
+    def _measure(self) -> None:
+        if self.described:
+            self.max_length = min(d.max_length for d in self.described.values())
+            self.page_size = next(d.page_size for d in self.described.values())
 
     @property
     def most(self) -> int:
         """Requests that are taken in at most."""
         running = sum(d.max_running for d in self.described.values() if "decode" in d.roles)
         return running + self.max_waiting
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a request that every worker takes."""
-        return min((d.max_length for d in self.described.values()), default=0)
-
-    @property
-    def page_size(self) -> int:
-        """Positions of a page; equal everywhere, or pages could not travel."""
-        return next((d.page_size for d in self.described.values()), 1)
 
     def _broke(self, worker: str, why: str) -> None:
         self.failure = why

@@ -124,13 +124,11 @@ class Router:
         self._by_place: dict[int, _Seat] = {}
         self._hosts: dict[Hosted, int] = {}
         self._roles = dict.fromkeys(ROLES, 0)
-        self._up = 0
-        """Those that may be asked; a worker whose breaker is open may not."""
+        self._up = self._half = 0
+        """Those that may be asked (a worker whose breaker is open may not), and of them those with one order only."""
         self._room = 0
         """Those that can take in one more that another prefills."""
         self._broken: set[str] = set()
-        self._half = 0
-        """Those that were left alone and may be tried with one order."""
         self._decoding, self._ahead = Levels(), Levels()
         self._places = Places()
         self._turns = {role: Turn() for role in ROLES}
@@ -397,10 +395,5 @@ class Router:
 
     def state(self, name: str) -> str:
         """``up``, ``resting`` (it failed, and is left alone for a while) or ``gone``."""
-        return (
-            "gone"
-            if name not in self._seats
-            else "up"
-            if self._up >> self._seats[name].place & 1
-            else "resting"
-        )
+        up = name in self._seats and self._up >> self._seats[name].place & 1
+        return "up" if up else "resting" if name in self._seats else "gone"
