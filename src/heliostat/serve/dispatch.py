@@ -317,20 +317,22 @@ class Dispatcher:
         async def ask(name: str, worker: Worker) -> None:
             with suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(LOOK_SECONDS):
-                    found[name] = await worker.stats()
+                    stats = await worker.stats()
+                    if self.workers.get(name) is worker:
+                        found[name] = stats
 
         await asyncio.gather(*(ask(name, worker) for name, worker in list(self.workers.items())))
         return found
 
     async def load(self, modules: Mapping[str, Mapping[str, str]]) -> Mapping[str, Described]:
-        """Have workers (by name) host more: the family's names -> digests. All of them, or none."""
+        """Have workers (by name) host more: the family's names -> digests. All of them, or none.
+        Trouble (503) where one is not there."""
         before, found = dict(self.described), {}
         try:
             for name, wanted in modules.items():
                 if not wanted:
                     continue
-                found[name] = await self._worker(name).load(wanted)
-                self.join(self.workers[name], found[name])
+                found[name] = await self._loaded(name, wanted)
         except BaseException:
             for name, described in found.items():
                 new = described.modules.keys() - before[name].modules.keys()
@@ -346,10 +348,17 @@ class Dispatcher:
                 with suppress(ConnectionError):
                     self.join(self.workers[name], await self.workers[name].unload(modules))
 
-    def _worker(self, name: str) -> Worker:
-        if name not in self.workers:
-            raise Refused(f"worker {name!r} is not there now: try again when it is back")
-        return self.workers[name]
+    async def _loaded(self, name: str, wanted: Mapping[str, str]) -> Described:
+        """A worker after it took modules in. Trouble (503) where it is not there, or not any more."""
+        worker = self.workers.get(name)
+        if worker is not None:
+            with suppress(ConnectionError):
+                described = await worker.load(wanted)
+                if self.workers.get(name) is worker:
+                    self.join(worker, described)
+                    return described
+        text = f"worker {name!r} is not there now: try again when it is back"
+        raise Trouble(503, text, code="worker_lost", headers={"Retry-After": "5"})
 
 
 def _told(failed: Failed) -> Trouble | Refused:

@@ -36,6 +36,9 @@ class Puppet:
     def abort(self, order: str) -> None:
         self.aborted.append(order)
 
+    async def load(self, modules: Any) -> Described:
+        raise ConnectionError("no word from the worker")
+
 
 def order(tokens: int = 3) -> Order:
     digests = {"base": "digest of base"}
@@ -201,3 +204,13 @@ def test_a_place_that_was_found_too_late_goes_to_the_next() -> None:
         assert router.outstanding("d") == (0, 0)
 
     run_virtual(work())
+
+
+def test_a_worker_that_is_away_or_lost_while_it_loads_is_no_fault_of_who_asks() -> None:
+    async def work(dispatcher: Dispatcher, puppet: Puppet) -> None:
+        for name in ("w", "away"):
+            with pytest.raises(Trouble, match="try again") as trouble:
+                await dispatcher.load({name: {"own": "a digest"}})
+            assert (trouble.value.status, trouble.value.code) == (503, "worker_lost")
+
+    over(lambda order, hear: None, work)
