@@ -17,6 +17,10 @@ M = TypeVar("M", bound="Loose")
 DEEPEST = 64
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS, MOST_BIASES, MOST_TOOLS, MOST_MESSAGES = 64, 16, 20, 1024, 128, 4096
 LONGEST_STOP = 256
+Whole = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
+"""A number that a message to a worker can hold."""
+LIMITS = ("greater_than_equal", "less_than_equal", "too_long", "too_short")
+"""Kinds of faults: what is there is of the right kind, and too much or too little."""
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 """What a function may be called."""
 
@@ -85,19 +89,19 @@ class Asking(Loose):
     """What both kinds of completion take."""
 
     model: str
-    max_tokens: int | None = None
+    max_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: int | None = None
-    logit_bias: dict[int, float] | None = None
+    seed: Whole | None = None
+    logit_bias: dict[Whole, float] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -176,9 +180,9 @@ class ChatAsking(Asking):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
 
@@ -196,8 +200,8 @@ class ChatAsking(Asking):
 class TextAsking(Asking):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: int | None = None
+    prompt: str | list[str] | list[Whole] | list[list[Whole]]
+    logprobs: Whole | None = None
 
     @property
     def top_logprobs_wanted(self) -> int | None:
@@ -231,7 +235,7 @@ class DetokenizeAsking(Loose):
     """POST /detokenize."""
 
     model: str
-    tokens: list[int]
+    tokens: list[Whole]
 
 
 class CanaryAsking(Loose):
@@ -252,6 +256,8 @@ def parse(kind: type[M], body: bytes) -> tuple[M, list[str]]:
     content = _json(body)
     if not isinstance(content, dict):
         raise Trouble(400, f"the body is a JSON {type(content).__name__}; it must be an object")
+    if b"\\ud" in body.lower():
+        _refuse_half_characters(content)
     _refuse_unsupported(content, kind.harmless)
     try:
         found = kind.model_validate(content)
@@ -272,6 +278,18 @@ def _json(body: bytes) -> Any:
     if _too_deep(content):
         raise Trouble(400, f"the body is nested deeper than {DEEPEST}")
     return content
+
+
+def _refuse_half_characters(content: Mapping[str, Any]) -> None:
+    """JSON can say half of a surrogate pair; no text can, and no message to a worker."""
+    for name, value in content.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            shown = name.encode("utf-8", "replace").decode()
+            raise Trouble(
+                400, f"{shown} holds half of a surrogate pair, which is no character", shown
+            ) from None
 
 
 def _refuse_constant(name: str) -> float:
@@ -300,12 +318,13 @@ def _refuse_unsupported(content: Mapping[str, Any], harmless: Mapping[str, tuple
 
 def _wrong(error: ValidationError) -> Trouble:
     """The first fault, by the field's name; neither values nor links to elsewhere."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    faults = error.errors(include_url=False, include_input=False)
+    # A number too large among token ids is also no text: of a union's branches, the one that nearly fits tells more.
+    first = next((fault for fault in faults if fault["type"] in LIMITS), faults[0])
     # Names of a union's branches stand among the names of fields.
     place = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "int", "dict["))]
     name = ".".join(place) or "the body"
-    limits = first["type"] in ("greater_than_equal", "less_than_equal", "too_long", "too_short")
-    return Trouble(400 if limits else 422, f"{name}: {first['msg']}", name)
+    return Trouble(400 if first["type"] in LIMITS else 422, f"{name}: {first['msg']}", name)
 
 
 def _cap(field: str, found: int, most: int, *, what: str = "of them") -> None:

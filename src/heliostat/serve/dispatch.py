@@ -49,6 +49,9 @@ class Dispatcher:
         """Why nothing can be answered any more; empty while all is well."""
         self.broke: Callable[[str, str], None] = self._broke
         """Told (worker, why) where one can answer nothing any more; by default nothing can be, then."""
+        self.max_length, self.page_size = 0, 1
+        """Most tokens of a request that every worker takes, and positions of a page (equal everywhere, or pages could
+        not travel); while no worker is there as they were last."""
         self._open: dict[str, Open] = {}
         self._queue = Queue(self.router, patience=patience)
 
@@ -59,6 +62,7 @@ class Dispatcher:
         if described.worker in self.workers and self.workers[described.worker] is not worker:
             self.leave(described.worker)
         self.workers[described.worker], self.described[described.worker] = worker, described
+        self._measure()
         self.router.join(described)
         self._queue.changed()
 
@@ -67,22 +71,18 @@ class Dispatcher:
         self.router.leave(name)
         self.workers.pop(name, None)
         self.described.pop(name, None)
+        self._measure()
+
+    def _measure(self) -> None:
+        if self.described:
+            self.max_length = min(d.max_length for d in self.described.values())
+            self.page_size = next(d.page_size for d in self.described.values())
 
     @property
     def most(self) -> int:
         """Requests that are taken in at most."""
         running = sum(d.max_running for d in self.described.values() if "decode" in d.roles)
         return running + self.max_waiting
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens of a request that every worker takes."""
-        return min((d.max_length for d in self.described.values()), default=0)
-
-    @property
-    def page_size(self) -> int:
-        """Positions of a page; equal everywhere, or pages could not travel."""
-        return next((d.page_size for d in self.described.values()), 1)
 
     def _broke(self, worker: str, why: str) -> None:
         self.failure = why
@@ -194,6 +194,12 @@ class Dispatcher:
         attempt = Attempt(order, route)
         try:
             failed = await self._run(open_, attempt)
+            # Before the next ones are placed: they need not run into the same.
+            if failed is not None:
+                self._judge(attempt.blamed(failed), failed, shunned)
+            else:
+                self.router.well(route.decode)
+            return failed
         except BaseException:
             self._abandon(attempt)
             raise
@@ -202,11 +208,6 @@ class Dispatcher:
             self.metrics.decoded(open_, route.decode, asyncio.get_running_loop().time())
             open_.decoding = None
             self._queue.changed()
-        if failed is not None:
-            self._judge(attempt.blamed(failed), failed, shunned)
-        else:
-            self.router.well(route.decode)
-        return failed
 
     async def _run(self, open_: Open, attempt: Attempt) -> Failed | None:
         order, route = attempt.order, attempt.route
@@ -235,6 +236,7 @@ class Dispatcher:
         open_.note(handed.spent)
         self.router.prefilled(attempt.order.id, handed.spent)
         self.router.well(name)
+        self._queue.changed()
         self.metrics.prefilled(open_, handed.spent, name)
         if handed.first is None:
             return False
@@ -315,20 +317,22 @@ class Dispatcher:
         async def ask(name: str, worker: Worker) -> None:
             with suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(LOOK_SECONDS):
-                    found[name] = await worker.stats()
+                    stats = await worker.stats()
+                    if self.workers.get(name) is worker:
+                        found[name] = stats
 
         await asyncio.gather(*(ask(name, worker) for name, worker in list(self.workers.items())))
         return found
 
     async def load(self, modules: Mapping[str, Mapping[str, str]]) -> Mapping[str, Described]:
-        """Have workers (by name) host more: the family's names -> digests. All of them, or none."""
+        """Have workers (by name) host more: the family's names -> digests. All of them, or none.
+        Trouble (503) where one is not there."""
         before, found = dict(self.described), {}
         try:
             for name, wanted in modules.items():
                 if not wanted:
                     continue
-                found[name] = await self._worker(name).load(wanted)
-                self.join(self.workers[name], found[name])
+                found[name] = await self._loaded(name, wanted)
         except BaseException:
             for name, described in found.items():
                 new = described.modules.keys() - before[name].modules.keys()
@@ -344,10 +348,17 @@ class Dispatcher:
                 with suppress(ConnectionError):
                     self.join(self.workers[name], await self.workers[name].unload(modules))
 
-    def _worker(self, name: str) -> Worker:
-        if name not in self.workers:
-            raise Refused(f"worker {name!r} is not there now: try again when it is back")
-        return self.workers[name]
+    async def _loaded(self, name: str, wanted: Mapping[str, str]) -> Described:
+        """A worker after it took modules in. Trouble (503) where it is not there, or not any more."""
+        worker = self.workers.get(name)
+        if worker is not None:
+            with suppress(ConnectionError):
+                described = await worker.load(wanted)
+                if self.workers.get(name) is worker:
+                    self.join(worker, described)
+                    return described
+        text = f"worker {name!r} is not there now: try again when it is back"
+        raise Trouble(503, text, code="worker_lost", headers={"Retry-After": "5"})
 
 
 def _told(failed: Failed) -> Trouble | Refused:

@@ -18,6 +18,13 @@ class _Waiting:
     wish: Wish
     rather_not: Collection[str]
     found: asyncio.Future[Route]
+    nobody: float | None
+    """Since when no worker is there for it; None: some are, and have their hands full."""
+
+    def told(self, nowhere: Nowhere, now: float) -> None:
+        """Still waiting, and why."""
+        self.open.waits_for = nowhere.why
+        self.nobody = None if nowhere.busy else now if self.nobody is None else self.nobody
 
 
 class Queue:
@@ -44,26 +51,35 @@ class Queue:
             route = self._try(wish, rather_not, loop.time())
             if isinstance(route, Route):
                 return route
-            why = route.why
         else:
-            why = self._lines[key][0].open.waits_for
-        waiting = _Waiting(open_, wish, rather_not, loop.create_future())
-        open_.waits_for = why
+            head = self._lines[key][0]
+            route = Nowhere(head.open.waits_for, busy=head.nobody is None)
+        waiting = _Waiting(open_, wish, rather_not, loop.create_future(), None)
+        waiting.told(route, loop.time())
         self._lines.setdefault(key, deque()).append(waiting)
         self._of[open_.id] = waiting
         self._wake(loop)
         try:
-            async with asyncio.timeout(self._patience):
-                return await waiting.found
-        except BaseException as error:
-            if waiting.found.done() and not waiting.found.cancelled():  # found in this very moment
+            return await self._found(waiting)
+        except BaseException:
+            if waiting.found.done():  # found in this very moment
                 self._router.ended(wish.order.id)
-            if not isinstance(error, TimeoutError):
-                raise
-            text = f"{open_.waits_for}; waited {self._patience:g} s"
-            raise Trouble(503, text, code="no_worker", headers={"Retry-After": "5"}) from None
+            raise
         finally:
             self._leave(key, waiting)
+
+    async def _found(self, waiting: _Waiting) -> Route:
+        """Its workers. Who waits where hands are full waits on: patience is for where nobody is."""
+        loop = asyncio.get_running_loop()
+        while True:
+            since = loop.time() if waiting.nobody is None else waiting.nobody
+            await asyncio.wait([waiting.found], timeout=since + self._patience - loop.time())
+            if waiting.found.done():
+                return waiting.found.result()
+            self.changed()
+            if waiting.nobody is not None and loop.time() >= waiting.nobody + self._patience:
+                text = f"{waiting.open.waits_for}; waited {self._patience:g} s"
+                raise Trouble(503, text, code="no_worker", headers={"Retry-After": "5"})
 
     def _try(self, wish: Wish, rather_not: Collection[str], now: float) -> Route | Nowhere:
         route = self._router.route(wish, now, rather_not=rather_not)
@@ -77,15 +93,18 @@ class Queue:
             return
         loop = asyncio.get_running_loop()
         for line in sorted(self._lines.values(), key=lambda line: line[0].open.began):
+            nowhere: Nowhere | None = None
             for waiting in line:
                 if waiting.found.done():
                     continue
-                route = self._try(waiting.wish, waiting.rather_not, loop.time())
-                if isinstance(route, Nowhere):
-                    waiting.open.waits_for = route.why
-                    break
-                waiting.found.set_result(route)
-                waiting.open.waits_for = ""
+                if nowhere is None:
+                    route = self._try(waiting.wish, waiting.rather_not, loop.time())
+                    if isinstance(route, Route):
+                        waiting.found.set_result(route)
+                        waiting.open.waits_for = ""
+                        continue
+                    nowhere = route
+                waiting.told(nowhere, loop.time())
         self._wake(loop)
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -103,6 +122,7 @@ class Queue:
         line.remove(waiting)
         if not line:
             del self._lines[key]
+        self.changed()  # who came after it was not tried before it was gone
 
 
 def _needs(wish: Wish) -> Hashable:

@@ -196,8 +196,9 @@ class RemoteWorker:
         if self._gone:
             raise ConnectionError(self._gone)
         self._numbers = number = self._numbers + 1
+        frame = sealed(Ask(number, call))  # first: what no frame can hold must not be waited for
         asked = self._asked[number] = _Asked(call, self._loop.create_future())
-        self._send(Ask(number, call))
+        self._line.send(frame)
         try:
             return await asked.reply
         finally:

@@ -65,6 +65,49 @@ class Snapshot:
         return 1 - self.available / self.pages
 
 
+_NOTHING = Stats(pages=0, available=0)
+
+
+class Lives:
+    """What each life of a worker counted, so that no total falls when one is silent for a while or starts again."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[str, Stats]] = {}
+        """Worker -> its latest incarnation that said something, and what."""
+        self._ended = _NOTHING
+        """Totals of the lives before those."""
+
+    def note(self, told: Mapping[str, Stats], there: Mapping[str, str]) -> Iterator[Stats]:
+        """``told``: worker -> what it says; ``there``: worker -> incarnation. Everybody's latest word, of those that
+        are not there only the totals, and the totals of all earlier lives."""
+        for name, stats in told.items():
+            if name not in there:
+                continue
+            life, last = self._last.get(name, ("", None))
+            if last is not None and life != there[name]:
+                self._ended = _totals(self._ended, last)
+            self._last[name] = there[name], stats
+        for name, (life, last) in self._last.items():
+            yield last if there.get(name) == life else _totals(last)
+        yield self._ended
+
+
+def _totals(one: Stats, other: Stats = _NOTHING) -> Stats:
+    """What both counted; nothing runs there, and no page is theirs."""
+    hits: Counter[tuple[str, str]] = Counter()
+    for writer, member, tokens in (*one.shared_hits, *other.shared_hits):
+        hits[writer, member] += tokens
+    return Stats(
+        pages=0,
+        available=0,
+        shared_hits=tuple((*pair, tokens) for pair, tokens in hits.items()),
+        evictions=one.evictions + other.evictions,
+        rows=_sum((one.rows, other.rows)),
+        passes=_sum((one.passes, other.passes)),
+        prefixes=tuple(_meetings((*one.prefixes, *other.prefixes)).values()),
+    )
+
+
 def together(
     stats: Iterable[Stats],
     *,
@@ -81,7 +124,7 @@ def together(
         running=_sum(one.running for one in stats),
         waiting=_sum([*(one.waiting for one in stats), Counter(waiting)]),
         pages=sum(one.pages for one in stats) or 1,
-        available=sum(one.available for one in stats) if stats else 1,
+        available=sum(one.available for one in stats) if any(one.pages for one in stats) else 1,
         held=_by_family(one.held for one in stats),
         idle=_by_family(one.idle for one in stats),
         shared_hits=hits,

@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from heliostat.errors import Refused
 from heliostat.serve.answering import packed
 from heliostat.serve.keys import Tenant
 from heliostat.serve.responses import ResponsesAsking, renamed
 from heliostat.serve.service import Job, Service
 from heliostat.serve.speaking import Told, usage_of
 from heliostat.serve.tools import Call
-from heliostat.serve.trouble import Trouble
+from heliostat.serve.trouble import Trouble, trouble_of
 
 Event = dict[str, Any]
 
@@ -110,7 +111,8 @@ async def events(job: Job, asking: ResponsesAsking) -> AsyncGenerator[bytes, Non
         async for event in _told(job, asking, output):
             yield _packed(event, number)
             number += 1
-    except Trouble as trouble:
+    except (Trouble, Refused) as found:
+        trouble = trouble_of(found) if isinstance(found, Refused) else found
         error = {"code": trouble.code or "server_error", "message": trouble.message}
         failed = {**_response(job, asking, output, "failed"), "error": error}
         yield _packed({"type": "response.failed", "response": failed}, number)

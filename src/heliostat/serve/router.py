@@ -80,6 +80,8 @@ class Nowhere:
     """Nobody can do it now."""
 
     why: str
+    busy: bool = False
+    """Whether somebody could who has no hand free."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +97,8 @@ class _Seat:
     """Of these, requests that others prefill and whose first token here has not come."""
     ahead: int = 0
     """Prompt tokens that it was sent and has not run yet."""
+    trial: str = ""
+    """The order that tries whether it is well again; nothing else comes here meanwhile."""
 
 
 @dataclass(slots=True)
@@ -120,8 +124,8 @@ class Router:
         self._by_place: dict[int, _Seat] = {}
         self._hosts: dict[Hosted, int] = {}
         self._roles = dict.fromkeys(ROLES, 0)
-        self._up = 0
-        """Those that may be asked; a worker whose breaker is open may not."""
+        self._up = self._half = 0
+        """Those that may be asked (a worker whose breaker is open may not), and of them those with one order only."""
         self._room = 0
         """Those that can take in one more that another prefills."""
         self._broken: set[str] = set()
@@ -147,12 +151,11 @@ class Router:
 
     def leave(self, name: str) -> None:
         """A worker is gone, or takes nothing more; what it was sent must still be ended."""
-        seat = self._seats.pop(name, None)
-        if seat is None:
+        if (seat := self._seats.pop(name, None)) is None:
             return
         self._set_bits(seat, on=False)
         bit = ~(1 << seat.place)
-        self._up, self._room = self._up & bit, self._room & bit
+        self._up, self._room, self._half = self._up & bit, self._room & bit, self._half & bit
         self._broken.discard(name)
         self._decoding.drop(seat.place)
         self._ahead.drop(seat.place)
@@ -184,19 +187,25 @@ class Router:
         if (seat := self._seats.get(name)) is not None:
             seat.breaker.close()
             self._broken.discard(name)
-            self._up |= 1 << seat.place
+            self._let(seat, up=True)
 
     def failed(self, name: str, now: float) -> None:
         """A worker did not do what it was asked, and should have."""
         if (seat := self._seats.get(name)) is not None and seat.breaker.fail(now):
             self._broken.add(name)
-            self._up &= ~(1 << seat.place)
+            self._let(seat, up=False)
+
+    def _let(self, seat: _Seat, *, up: bool, half: bool = False, trial: str = "") -> None:
+        """Whether it may be asked, ``half``: with one order; ``trial``: the one of which it is waited what comes."""
+        bit, seat.trial = 1 << seat.place, trial
+        self._up = self._up | bit if up else self._up & ~bit
+        self._half = self._half | bit if half else self._half & ~bit
 
     def _probe(self, now: float) -> None:
-        """Those whose time is up may be asked once more."""
+        """Those whose time is up may be tried with one order."""
         for name in [name for name in self._broken if self._seats[name].breaker.due(now)]:
             self._broken.discard(name)
-            self._up |= 1 << self._seats[name].place
+            self._let(self._seats[name], up=True, half=True)
 
     def next_probe(self) -> float | None:
         """When a worker that may not be asked may be asked again; None where there is none such."""
@@ -316,6 +325,8 @@ class Router:
         for seat in {decode.place: decode, prefill.place: prefill}.values():
             self._places.note(seat.place, wish.keys, room=seat.offer.pages)
             self._weigh(seat)
+            if self._half >> seat.place & 1:
+                self._let(seat, up=False, trial=wish.order.id)
 
     def prefilled(self, id: str, spent: Spent) -> None:
         """The prompt has been run."""
@@ -334,6 +345,8 @@ class Router:
         elif sent.coming and spent is not None and spent.bytes:
             for costs in (sent.decode.costs, self._everybody):
                 costs.transfer.learn(spent.bytes, spent.moving)
+        if sent.decode.trial == id:  # that is enough for others to come; one more failure still opens it
+            self._let(sent.decode, up=True)
         self._come(sent)
 
     def _run(self, sent: _Sent) -> None:
@@ -353,6 +366,9 @@ class Router:
         self._run(sent)
         sent.decode.decoding -= 1
         self._come(sent)
+        for tried in (sent.decode, sent.prefill):
+            if tried.trial == id and self._by_place.get(tried.place) is tried:
+                self._let(tried, up=True, half=True)  # it says nothing for or against the worker
         wish, seat = sent.wish, sent.decode
         if answer and wish.order.row.answers_become_prompts and self._by_place.get(seat.place) is seat:
             # The last token is said and not read, so it stands in no page.
@@ -370,7 +386,7 @@ class Router:
             return Nowhere(reader)
         if not self._hosts.get(wish.writer, 0) & self._up & self._roles[PREFILL]:
             return Nowhere(f"{reader} for others, and none of those that answer has it")
-        return Nowhere("every worker that could answer has its hands full")
+        return Nowhere("every worker that could answer has its hands full", busy=True)
 
     def outstanding(self, name: str) -> tuple[int, int]:
         """(requests that a worker decodes, prompt tokens ahead of it)."""
@@ -379,4 +395,5 @@ class Router:
 
     def state(self, name: str) -> str:
         """``up``, ``resting`` (it failed, and is left alone for a while) or ``gone``."""
-        return "gone" if name not in self._seats else "resting" if name in self._broken else "up"
+        up = name in self._seats and self._up >> self._seats[name].place & 1
+        return "up" if up else "resting" if name in self._seats else "gone"

@@ -20,7 +20,9 @@ class Breaker:
     """Time of the next trial."""
 
     def fail(self, now: float) -> bool:
-        """One more failure; whether it rests from now on."""
+        """One more failure; whether it rests from now on. While it rests, what fails was sent before: that is no news."""
+        if now < self.until:
+            return False
         self.failures += 1
         if self.failures < FAILURES:
             return False
@@ -34,4 +36,4 @@ class Breaker:
 
     def close(self) -> None:
         """It did what it was asked."""
-        self.failures = 0
+        self.failures, self.until = 0, 0.0

@@ -133,7 +133,7 @@ def cluster_text(settings: Settings) -> str:
         raise Refused(
             "one process does all: there is no cluster; give --prefill-workers and --decode-workers"
         )
-    return replace(cluster, family=str(folder.resolve())).to_yaml()
+    return replace(cluster, family=str(folder)).to_yaml()
 
 
 def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster | None]:
@@ -143,7 +143,7 @@ def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster 
         cluster = read_cluster(settings.cluster)
     elif (settings.prefill_workers, settings.decode_workers) != (None, None):
         cluster = laid_out(prefill=settings.prefill_workers or 0, decode=settings.decode_workers or 0)
-    folder = _folder(settings, cluster)
+    folder = _folder(settings, cluster).resolve()  # as workers name it, whose messages must not show it
     family = read_family(folder)
     rows = {name: family.row(name) for name in settings.members or [*family.members, BASE]}
     for name in family.members.keys() & rows.keys():

@@ -23,7 +23,7 @@ from heliostat.serve.forms import schema_of, shown_tools, turns
 from heliostat.serve.holding import Holding
 from heliostat.serve.keys import OPEN, Keys, Tenant
 from heliostat.serve.log import Log
-from heliostat.serve.metrics_now import Snapshot, together
+from heliostat.serve.metrics_now import Lives, Snapshot, together
 from heliostat.serve.protocol import Order
 from heliostat.serve.roster import Roster, Unknown, Version
 from heliostat.serve.speaking import ChatShape, Shape, TextShape, Voice
@@ -85,6 +85,7 @@ class Service:
     remembered: Remembered = field(default_factory=Remembered)
     sticky: Sticky = field(default_factory=Sticky)
     _holding: Holding = field(init=False)
+    _lives: Lives = field(default_factory=Lives)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -136,8 +137,9 @@ class Service:
         metrics = self.dispatcher.metrics
         found = await self.dispatcher.stats()
         if found or not self.dispatcher.workers:
+            there = {name: described.incarnation for name, described in self.dispatcher.described.items()}
             metrics.snapshot = together(
-                found.values(),
+                self._lives.note(found, there),
                 waiting=self.dispatcher.members_waiting(),
                 recalls=asdict(self.remembered.recalls),
                 workers=self.crew.standing(found),

@@ -5,13 +5,17 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from heliostat.clock import run_virtual
 from heliostat.engine.request import Sampling
 from heliostat.family import Row
 from heliostat.serve.dispatch import TRIES, Dispatcher
+from heliostat.serve.dispatch_asked import Asked, Open
+from heliostat.serve.dispatch_queue import Queue
 from heliostat.serve.metrics import Metrics
 from heliostat.serve.protocol import Described, Failed, Hear, Order, Said, Sampled
+from heliostat.serve.router import Route, Router, Wish
 from heliostat.serve.trouble import Trouble
 from tests.unit.serve.test_router import offer
 
@@ -31,6 +35,9 @@ class Puppet:
 
     def abort(self, order: str) -> None:
         self.aborted.append(order)
+
+    async def load(self, modules: Any) -> Described:
+        raise ConnectionError("no word from the worker")
 
 
 def order(tokens: int = 3) -> Order:
@@ -136,3 +143,74 @@ def test_without_a_deadline_patience_has_an_end() -> None:
         assert trouble.value.status == 503 and "Retry-After" in trouble.value.headers
 
     over(lambda order, hear: None, work, patience=7.0)
+
+
+def test_what_workers_take_is_known_while_they_are_away() -> None:
+    async def work(dispatcher: Dispatcher, puppet: Puppet) -> None:
+        known = dispatcher.max_length, dispatcher.page_size
+        dispatcher.leave("w")
+        assert (dispatcher.max_length, dispatcher.page_size) == known == (1000, 4)
+
+    over(lambda order, hear: None, work)
+
+
+def test_patience_is_for_where_nobody_is_and_not_for_full_hands() -> None:
+    async def work() -> None:
+        router, loop = Router(), asyncio.get_running_loop()
+        queue = Queue(router, patience=7.0)
+        router.join(offer("p", "base", roles=["prefill"]))
+        router.join(offer("d", "base", roles=["decode"], credit=1))
+        wishes = [Wish(replace(order(), id=f"o{n}", prompt=(1, 2, 3)), 4) for n in range(4)]
+        asked = Asked()
+
+        def placed(n: int) -> asyncio.Task[Route]:
+            return loop.create_task(queue.place(Open(wishes[n].order, asked, n, 0.0, None), wishes[n], ()))
+
+        await placed(0)
+        first, second = placed(1), placed(2)
+        await asyncio.sleep(100)
+        assert not first.done() and not second.done() and len(queue) == 2
+        router.ended("o0")
+        queue.changed()
+        late = placed(3)  # the head of its line was found, and is still in it
+        await first
+        for n, task in ((1, second), (2, late)):
+            router.ended(f"o{n}")
+            queue.changed()
+            await asyncio.wait_for(task, 1.0)
+        assert not len(queue)
+
+    run_virtual(work())
+
+
+def test_a_place_that_was_found_too_late_goes_to_the_next() -> None:
+    async def work() -> None:
+        router, loop = Router(), asyncio.get_running_loop()
+        queue = Queue(router, patience=7.0)
+        router.join(offer("p", "base", roles=["prefill"]))
+        router.join(offer("d", "base", roles=["decode"], credit=1))
+        wishes = [Wish(replace(order(), id=f"o{n}", prompt=(1, 2, 3)), 4) for n in range(3)]
+        asked = Asked()
+        first, second, third = (
+            loop.create_task(queue.place(Open(wish.order, asked, n, 0.0, None), wish, ()))
+            for n, wish in enumerate(wishes)
+        )
+        await first
+        router.ended("o0")
+        queue.changed()  # finds the second
+        second.cancel()
+        await asyncio.wait_for(third, 1.0)
+        router.ended("o2")
+        assert router.outstanding("d") == (0, 0)
+
+    run_virtual(work())
+
+
+def test_a_worker_that_is_away_or_lost_while_it_loads_is_no_fault_of_who_asks() -> None:
+    async def work(dispatcher: Dispatcher, puppet: Puppet) -> None:
+        for name in ("w", "away"):
+            with pytest.raises(Trouble, match="try again") as trouble:
+                await dispatcher.load({name: {"own": "a digest"}})
+            assert (trouble.value.status, trouble.value.code) == (503, "worker_lost")
+
+    over(lambda order, hear: None, work)

@@ -212,6 +212,15 @@ def test_calls_are_answered_and_refusals_raised() -> None:
     story(work)
 
 
+def test_a_call_that_no_frame_can_hold_is_not_waited_for() -> None:
+    async def work(both: Both) -> None:
+        with pytest.raises(OverflowError):
+            await both.remote.prefill(order(answer=(2**70,)))
+        assert not both.remote._asked
+
+    story(work)
+
+
 # ---- answers
 
 

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from heliostat.errors import Refused
+from heliostat.serve.keys import OPEN
+from heliostat.serve.responding import events, taken_in
+from heliostat.serve.responses import ResponsesAsking
 from tests.unit.serve.conftest import Pace, Served, Serving, engine_of, leaving, run, until
 from tests.unit.serve.test_forms import scripted
 
@@ -160,6 +164,18 @@ def test_an_error_in_the_middle_is_an_event(serving: Serving) -> None:
             assert failed["response"]["error"]["code"] == "deadline"
             pace.left = 100
             assert served.service.in_flight == 0
+
+    run(work())
+
+
+def test_a_refusal_in_the_middle_is_an_event(serving: Serving) -> None:
+    async def work() -> None:
+        async with serving() as served:
+            asking = ResponsesAsking(**ASKED)
+            job = await taken_in(served.service, asking, OPEN)
+            job.asked.inbox.put_nowait(Refused("a prompt of 9 tokens has no room"))
+            last = [frame async for frame in events(job, asking)][-1]
+            assert last.startswith(b"event: response.failed") and b"a prompt of 9 tokens" in last
 
     run(work())
 

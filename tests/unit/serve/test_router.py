@@ -259,6 +259,24 @@ def test_a_worker_that_fails_in_a_row_is_left_alone_then_tried_once() -> None:
     assert router.state("a") == "up", "one failure after it was well is one"
 
 
+def test_one_order_tries_whether_a_worker_is_well_again() -> None:
+    router, row = Router(), Row("base", "base", "base", "base")
+    router.join(offer("a", "base"))
+    for _ in range(10 * FAILURES):
+        router.failed("a", 0.0)
+    assert router.next_probe() == FIRST_REST, "one blip, whatever it failed"
+    silent, tried = wish(row), wish(row)
+    for trial in (silent, tried):
+        sent(router, trial, 1.0)
+        assert isinstance(router.route(wish(row), 1.0), Nowhere) and router.state("a") == "resting"
+        if trial is silent:
+            router.ended(trial.order.id)
+    router.arrived(tried.order.id, None)
+    assert routed(router, wish(row), 1.0).decode == "a"
+    router.failed("a", 2.0)
+    assert router.next_probe() == 2.0 + 2 * FIRST_REST, "a first token is no answer"
+
+
 def test_those_that_failed_a_request_are_taken_only_where_nobody_else_can() -> None:
     router = apart()
     for _ in range(4):

@@ -37,6 +37,14 @@ def test_tls_wants_both_files(tmp_path: Path) -> None:
         Settings(family=Path("fam"), tls_cert=tmp_path / "gone", tls_key=tmp_path / "gone")
 
 
+def test_the_folder_is_named_as_workers_name_it(tiny_family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_family)
+    service = service_of(Settings(family=Path(), prefill_workers=1, decode_workers=1))
+    assert service.crew.folder == tiny_family.resolve(), (
+        "or each dot of a message would be replaced by a name"
+    )
+
+
 def test_a_port_that_is_taken_is_told() -> None:
     with listen("127.0.0.1", 0) as first:
         first.listen()
