@@ -210,7 +210,7 @@ def test_an_unknown_model_is_404_and_never_the_base(serving: Serving) -> None:
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, 400, None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "a " * 999}]}, 400, None),
         ({"messages": "hello"}, 422, "messages"),
         ({"model": None}, 422, "model"),
