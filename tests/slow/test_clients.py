@@ -7,7 +7,6 @@ import shutil
 import signal
 import ssl
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,6 @@ TOOL: Any = {
     },
 }
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"enum": ["red", "blue"]}}}
-
-
-@pytest.fixture(scope="module")
-def address(tiny_family_made: Path) -> Iterator[str]:
-    with served(tiny_family_made, "--cache-mib", "16") as (found, _):
-        yield f"{found}/v1"
-
-
-@pytest.fixture
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as made:
-        yield made
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,18 +29,6 @@ class Colour(BaseModel):
     """What an answer is held to."""
 
     name: Literal["red", "blue"]
-
-
-@pytest.fixture(scope="module")
-def address(tiny_family_made: Path) -> Iterator[str]:
-    with served(tiny_family_made, "--cache-mib", "16") as (found, _):
-        yield f"{found}/v1"
-
-
-@pytest.fixture
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as made:
-        yield made
 
 
 def test_whole_streamed_and_async_are_the_same(client: openai.OpenAI, address: str) -> None:

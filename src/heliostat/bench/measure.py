@@ -9,6 +9,7 @@ import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ async def _all(job: Job, runs: Sequence[Run], keep: Callable[[Run, Record], None
                 client.ask,
                 run=run,
                 passing=job.passing,
-                tell=lambda record, run=run: keep(run, record),  # type: ignore[misc]
+                tell=partial(keep, run),
             )
             if run.stopped:
                 return

@@ -16,7 +16,7 @@ from heliostat.bench.birth import certificate
 from heliostat.engine.request import Sampling
 from heliostat.family import SHARINGS
 from heliostat.files import atomic_write_text
-from heliostat.serve.protocol import Described, Order, Spent
+from heliostat.serve.protocol import Described, Order, Role, Spent
 from heliostat.serve.router import Route, Router, Wish
 
 LIMIT = 100e-6
@@ -117,13 +117,13 @@ def _router(mix: Mix, dice: random.Random) -> Router:
     for number in range(mix.workers):
         every = range(MEMBERS) if mix.workers < 100 else dice.sample(range(MEMBERS), 16)
         names = ["base", *(f"member-{member}" for member in every)]
-        half = ("prefill",) if number % 2 else ("decode",)
+        half: tuple[Role, ...] = ("prefill",) if number % 2 else ("decode",)
         router.join(
             Described(
                 worker=f"worker-{number}",
                 incarnation="1",
                 modules={name: f"digest of {name}" for name in names},
-                roles=("prefill", "decode") if mix.mixed else half,  # type: ignore[arg-type]
+                roles=("prefill", "decode") if mix.mixed else half,
                 fit="",
                 page_size=PAGE,
                 dtype="float32",

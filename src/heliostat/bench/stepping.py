@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -268,11 +269,8 @@ def _inputs_of_checkpoints(keep: Callable[[Tensor], None]) -> Iterator[None]:
         keep(x)
         return inner(run, x, **options)
 
-    transformer.checkpoint = seen  # type: ignore[assignment]
-    try:
+    with patch.object(transformer, "checkpoint", seen):
         yield
-    finally:
-        transformer.checkpoint = inner
 
 
 def _random(work: Work, *, whole: bool) -> Transformer:

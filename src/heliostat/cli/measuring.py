@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -213,9 +213,11 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _split(flags: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:
+def _split(flags: Mapping[str, Any], *kinds: type[Any]) -> list[dict[str, Any]]:
     """The options of each dataclass."""
-    return [{name: flags[name] for name in kind.__dataclass_fields__ if name in flags} for kind in kinds]  # type: ignore[attr-defined]
+    return [
+        {field.name: flags[field.name] for field in fields(kind) if field.name in flags} for kind in kinds
+    ]
 
 
 def _numbers(text: str, name: str) -> list[float]:

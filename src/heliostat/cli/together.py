@@ -74,8 +74,12 @@ def _start(
         "WORLD_SIZE": str(count),
         "HELIOSTAT_MEETING": str(Path(folder) / "meeting"),
     }
-    quiet = {} if number == 0 else {"stdout": subprocess.DEVNULL, "stderr": log}
-    return subprocess.Popen([sys.executable, "-c", _RUN, *words], env=environment, **quiet)  # type: ignore[call-overload]
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN, *words],
+        env=environment,
+        stdout=None if number == 0 else subprocess.DEVNULL,
+        stderr=None if number == 0 else log,
+    )
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from heliostat.engine.page_table import Generations
 from heliostat.errors import Refused
 
 MIB = 2**20
@@ -63,7 +64,7 @@ class Store:
     name: str
     incarnation: str
     form: Form
-    generations: memoryview
+    generations: Generations
     """[P] of 8 bytes."""
     content: memoryview
     """Bytes of all pages: slice n of page p begins at (n * P + p) * slice_bytes."""

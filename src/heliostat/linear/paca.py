@@ -175,7 +175,9 @@ def _refuse_tied(model: nn.Module, paths: Sequence[str]) -> None:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(parameter.data_ptr(), []).append(path)
     for path in paths:
-        shared = holders[model.get_submodule(path).weight.data_ptr()]  # type: ignore[operator]
+        module = model.get_submodule(path)
+        assert isinstance(module, nn.Linear | AdaptedLinear), path
+        shared = holders[module.weight.data_ptr()]
         if len(shared) > 1:
             raise Refused(
                 f"{path} is tied: its weight is also {', '.join(n for n in shared if path not in n)}"

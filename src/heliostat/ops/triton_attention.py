@@ -20,7 +20,7 @@ FEWEST = 16
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _kernel(  # type: ignore[no-untyped-def]  # triton reads its arguments, not python
     q,
     keys,
     values,

@@ -28,7 +28,7 @@ class Connection(H11Protocol):
     """Longest wait for the head of a request, in seconds; a body has its own."""
     _waiting: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """One more: served, told that there are too many, or closed."""
         super().connection_made(transport)
         if len(self.connections) > self.most + SPARE:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from heliostat.engine.page_table import Generations
 from heliostat.engine.store import Shelves, Store
 from heliostat.serve.link import Line
 
@@ -124,7 +125,7 @@ class FaultyStore(Store):
     def meet(self, chance: Chance) -> FaultyStore:
         """From now on."""
         self._chance, self._late = chance, _Generations(self.generations)
-        self.generations = self._late  # type: ignore[assignment]
+        self.generations = self._late
         return self
 
     def copy(self, page: int, own: Store, target: int) -> None:
@@ -146,15 +147,17 @@ class FaultyStore(Store):
 class _Generations:
     """Generations as they are; a page that was given out to somebody else shows it once."""
 
-    def __init__(self, generations: memoryview) -> None:
+    def __init__(self, generations: Generations) -> None:
         self._generations = generations
         self.given_out: set[int] = set()
 
     def __getitem__(self, page: int) -> int:
         late = page in self.given_out
         self.given_out.discard(page)
-        found: int = self._generations[page]
-        return found + late
+        return self._generations[page] + late
+
+    def __setitem__(self, page: int, generation: int) -> None:
+        self._generations[page] = generation
 
 
 def faulty_shelves(chance: Chance) -> Shelves:

@@ -110,29 +110,26 @@ class RemoteWorker:
         assert isinstance(found, Described)
         return found
 
-    async def prefill(self, order: Order) -> Handed | Failed:
-        """Run the positions below the boundary."""
+    async def _ask_for(self, order: Order, call: Call) -> Result:
+        """The worker's answer to a call that runs an order. Where none is waited for any more, it is ended there."""
         try:
-            found = await self._ask(Prefill(order))
+            return await self._ask(call)
         except ConnectionError as error:
             self.abort(order.id)
             return no(order.id, "worker_lost", str(error))
         except asyncio.CancelledError:
             self.abort(order.id)
             raise
+
+    async def prefill(self, order: Order) -> Handed | Failed:
+        """Run the positions below the boundary."""
+        found = await self._ask_for(order, Prefill(order))
         return found if isinstance(found, Handed | Failed) else self._odd(order.id)
 
     async def decode(self, order: Order, hear: Hear, handle: Handle | None = None) -> Failed | None:
         """Take a request in."""
         self._streams[order.id] = _Stream(self._numbers + 1, hear, len(order.answer))
-        try:
-            found = await self._ask(Decode(order, handle))
-        except ConnectionError as error:
-            self.abort(order.id)
-            return no(order.id, "worker_lost", str(error))
-        except asyncio.CancelledError:
-            self.abort(order.id)
-            raise
+        found = await self._ask_for(order, Decode(order, handle))
         if isinstance(found, Done):
             return None
         self._streams.pop(order.id, None)

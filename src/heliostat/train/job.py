@@ -175,13 +175,13 @@ def _learner(job: Job, tell: Callable[[str], None]) -> Learner:
 
 def learned(recipe: Settled, tokenizer: Tokenizer, row: Row, teacher: Loaded | None) -> Examples:
     """The examples of all files. Raises Refused for bad lines, and for texts where the row parts a model in two."""
-    found = []
-    for path in recipe.data:
-        options = {"max_length": recipe.max_length, "skip_bad": recipe.skip_bad, "too_long": recipe.too_long}
-        if teacher is not None:
-            found.append(taught_examples(path, tokenizer, teacher, **options))  # type: ignore[arg-type]
-        else:
-            found.append(read_examples(path, tokenizer, **options))  # type: ignore[arg-type]
+    read = read_examples if teacher is None else partial(taught_examples, teacher=teacher)
+    found = [
+        read(
+            path, tokenizer, max_length=recipe.max_length, skip_bad=recipe.skip_bad, too_long=recipe.too_long
+        )
+        for path in recipe.data
+    ]
     texts = [f.path for f in found if f.format == "text"]
     if texts and not row.alone:
         raise Refused(
