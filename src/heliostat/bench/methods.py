@@ -21,6 +21,8 @@ class Method:
     against: str
     """The method its accuracy is compared with, on the same items and seeds."""
     r: int = RANK
+    columns: str = "random"
+    """How the tuned columns are chosen (tuner paca)."""
     dropbp: float = 0.0
     dropbp_rates: str = "sensitivity"
 
@@ -44,17 +46,28 @@ WIDE = 2 * RANK
 """Tuned columns have one matrix where low-rank adapters have two: so many hold about as many parameters."""
 
 _LORA = Method("LoRA", "independent", "lora", LORA_RATES, 6e-3, "LoRA")
+_PACA = Method("PaCA", "independent", "paca", PACA_RATES, 5e-3, "LoRA", r=WIDE)
 TUNED = (
     _LORA,
-    Method("PaCA, equal rank", "independent", "paca", PACA_RATES, 5e-3, "LoRA"),
-    Method("PaCA", "independent", "paca", PACA_RATES, 5e-3, "LoRA", r=WIDE),
+    replace(_PACA, name="PaCA, equal rank", r=RANK),
+    _PACA,
+    replace(_PACA, name="PaCA, longest columns", columns="norm", against="PaCA"),
+    replace(_PACA, name="PaCA, columns by gradient", columns="gradient", against="PaCA"),
     Method("SUN, LoRA", "sun", "lora", LORA_RATES, 6e-3, "SUN, LoRA"),
     Method("SUN, PaCA", "sun", "paca", PACA_RATES, 5e-3, "SUN, LoRA", r=WIDE),
     Method("PrefillShare, LoRA", "prefillshare", "lora", LORA_RATES, 6e-3, "PrefillShare, LoRA"),
     Method("PrefillShare, PaCA", "prefillshare", "paca", PACA_RATES, 5e-3, "PrefillShare, LoRA", r=WIDE),
     replace(_LORA, name="LoRA, DropBP 0.5", dropbp=0.5),
-    replace(_LORA, name="LoRA, DropBP 0.5 uniform", dropbp=0.5, dropbp_rates="uniform"),
+    replace(
+        _LORA, name="LoRA, DropBP 0.5 uniform", dropbp=0.5, dropbp_rates="uniform", against="LoRA, DropBP 0.5"
+    ),
     replace(_LORA, name="LoRA, DropBP 0.875", dropbp=0.875),
-    replace(_LORA, name="LoRA, DropBP 0.875 uniform", dropbp=0.875, dropbp_rates="uniform"),
+    replace(
+        _LORA,
+        name="LoRA, DropBP 0.875 uniform",
+        dropbp=0.875,
+        dropbp_rates="uniform",
+        against="LoRA, DropBP 0.875",
+    ),
 )
 """Tuners, sharings with adapters, and dropped branches; each against what it would replace."""

@@ -44,6 +44,7 @@ def search(task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **ite
         seed=seed,
         steps=steps,
         r=method.r,
+        columns=method.columns,
         dropbp=method.dropbp,
         dropbp_rates=method.dropbp_rates,
         **items,

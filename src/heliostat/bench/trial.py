@@ -39,6 +39,7 @@ class Trial:
     steps: int
     batch: int = 32
     r: int = RANK
+    columns: str = "random"
     dropbp: float = 0.0
     dropbp_rates: str = "sensitivity"
     train_items: int = 10_000
@@ -50,8 +51,9 @@ class Trial:
         """Name of the member it makes."""
         rate = f"{self.learning_rate:g}"
         rank = f"-r{self.r}" if self.tuner != "full" and self.r != RANK else ""
+        columns = f"-{self.columns}" if self.columns != "random" else ""
         dropped = f"-dropbp{self.dropbp:g}-{self.dropbp_rates}" if self.dropbp else ""
-        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}{dropped}"
+        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}{columns}{dropped}"
 
 
 def run(
@@ -87,7 +89,7 @@ def kept_at(folder: Path, trial: Trial, half: str | None = None) -> Path:
 
 def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
     """The recipe that a trial stands for."""
-    values = {
+    values: dict[str, Any] = {
         "family": str(folder / "family"),
         "member": trial.name,
         "sharing": trial.sharing,
@@ -101,7 +103,11 @@ def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
         "dropbp": trial.dropbp,
         "dropbp_rates": trial.dropbp_rates,
     }
-    return make_recipe(Recipe, values | ({"r": trial.r} if trial.tuner != "full" else {}))
+    if trial.tuner != "full":
+        values["r"] = trial.r
+    if trial.tuner == "paca":
+        values["columns"] = trial.columns
+    return make_recipe(Recipe, values)
 
 
 def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
@@ -204,10 +210,11 @@ def main() -> None:
         ("steps", int),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
-    parser.add_argument("--dropbp-rates", default="sensitivity")
     usual = {field.name: field.default for field in fields(Trial)}
     for name, kind in (
         ("r", int),
+        ("columns", str),
+        ("dropbp-rates", str),
         ("dropbp", float),
         ("batch", int),
         ("train-items", int),

@@ -15,6 +15,7 @@ from heliostat.linear.lora import add_adapter, parts_of
 from heliostat.linear.paca import columns_of, settle
 from heliostat.model.weights import read_tensors, save_tensors
 from heliostat.train.checkpoint import checkpoints
+from heliostat.train.ranks import Ranks
 from heliostat.train.recipe import Settled
 
 CHOSEN = "columns.safetensors"
@@ -31,11 +32,13 @@ def adapt(
     resident: bool,
     first_loss: Callable[[Mapping[str, Loaded]], Tensor],
     known: Mapping[str, Tensor] | None,
+    ranks: Ranks,
 ) -> tuple[Modules, dict[str, nn.Parameter]]:
     """The loaded modules and the member's own, a fresh adapter on the base; and what of it is trained.
 
     ``resident``: nothing else runs on the base, so columns may stand in its weights. ``first_loss``: of the first batch
-    under given modules. ``known``: columns that were chosen before, by path.
+    under given modules. ``known``: columns that were chosen before, by path. Of several processes the first one's choice
+    is everybody's: a sum that is rounded otherwise elsewhere could choose others.
     """
     model = loaded[BASE].model
     modules = {**loaded, own: Loaded(own, "", BASE, model, own)}
@@ -56,6 +59,7 @@ def adapt(
             seed=recipe.seed,
             loss=lambda: first_loss(modules),
         )
+        ranks.as_first(part.columns for part in columns_of(model, own).values())
     if recipe.tuner == "paca" and resident:
         settle(model, own)
         del modules[BASE]  # it is not there any more

@@ -96,8 +96,7 @@ def prepare(recipe: Recipe, *, ranks: Ranks = ALONE, echo: Callable[[str], None]
     held_out, questions = judged(settled, tokenizer)
     torch.manual_seed(recipe.seed)
     first_loss = partial(_first_loss, settled, row, data.examples, teacher)
-    resident = row.alone and not ranks.sharded
-    modules, parameters = _modules(folder, family, settled, row, own, first_loss, resident=resident)
+    modules, parameters = _modules(folder, family, settled, row, own, first_loss, ranks=ranks)
     parameters = ranks.spread({id(m.model): m.model for m in modules.values()}.values(), parameters)
     if recipe.gradient_checkpointing:
         for module in modules.values():
@@ -252,7 +251,7 @@ def _modules(
     own: str,
     first_loss: Callable[[Mapping[str, Loaded]], Tensor],
     *,
-    resident: bool,
+    ranks: Ranks,
 ) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
     """The row's modules in memory, and what of them is trained."""
     frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
@@ -263,7 +262,16 @@ def _modules(
 
     if recipe.adapts:
         known = kept_columns(folder / RUNS / recipe.member, recipe)
-        return adapt(base(frozen_kind), recipe, own, resident=resident, first_loss=first_loss, known=known)
+        resident = row.alone and not ranks.sharded
+        return adapt(
+            base(frozen_kind),
+            recipe,
+            own,
+            resident=resident,
+            first_loss=first_loss,
+            known=known,
+            ranks=ranks,
+        )
     own_model = base(torch.float32)[BASE].model
     modules = {own: Loaded(own, "", own, own_model)}
     if BASE in row.modules:

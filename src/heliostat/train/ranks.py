@@ -64,6 +64,12 @@ class Ranks:
         dist.all_reduce(summed)
         return float(summed)
 
+    def as_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's values, in place; every process has tensors of the same shapes."""
+        if not self.alone:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def agree(self, wish: bool) -> bool:
         """Whether any process wishes it."""
         return wish if self.alone else self.total(float(wish)) > 0

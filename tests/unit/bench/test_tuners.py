@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from heliostat.bench.methods import METHODS, TUNED
 from heliostat.bench.trial import Trial, kept_at, recipe_of
 from heliostat.files import atomic_write_text
 
-LITTLE = [m for m in TUNED if m.name in ("LoRA", "LoRA, DropBP 0.875 uniform")]
+LITTLE = [m for m in TUNED if m.name == "LoRA"]
+LITTLE += [replace(m, against="LoRA") for m in TUNED if m.name == "LoRA, DropBP 0.875 uniform"]
 
 
 def pretend(folder: Path, trials: Sequence[Trial], **how: Any) -> None:
@@ -66,6 +68,9 @@ def test_a_trial_is_the_recipe_it_says(tmp_path: Path) -> None:
     (method,) = [m for m in TUNED if m.name == "LoRA, DropBP 0.875 uniform"]
     recipe = recipe_of(results.search("tools", method, 4)[0], tmp_path, tmp_path / "data.jsonl")
     assert (recipe.dropbp, recipe.dropbp_rates, recipe.r, recipe.tuner) == (0.875, "uniform", 16, "lora")
+    (method,) = [m for m in TUNED if m.columns == "norm"]
+    recipe = recipe_of(results.search("tools", method, 4)[0], tmp_path, tmp_path / "data.jsonl")
+    assert (recipe.columns, recipe.r, recipe.tuner) == ("norm", 32, "paca")
 
 
 def test_it_says_how_many_trials_it_will_run_and_then_runs_only_what_is_missing(

@@ -69,13 +69,13 @@ def values(folder: Path, data: Path, member: str, count: int, **options: Any) ->
 
 
 def run(
-    count: int, folder: Path, recipes: Sequence[Mapping[str, Any]]
+    count: int, folder: Path, recipes: Sequence[Mapping[str, Any]], *, before: str = ""
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The recipes, one after the other, in so many processes that meet through a file."""
+    """The recipes, one after the other, in so many processes that meet through a file and run ``before`` first."""
     meeting = folder / f"meeting-{count}-{len(list(folder.glob('meeting*')))}"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, json.dumps(list(recipes))],
+            [sys.executable, "-c", before + WORKER, json.dumps(list(recipes))],
             env={
                 **os.environ,
                 "RANK": str(number),
@@ -134,6 +134,26 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(
         assert set(alone) == set(together)
         for name, tensor in alone.items():
             torch.testing.assert_close(together[name], tensor, rtol=2e-3, atol=2e-4, msg=name)
+
+
+OTHERWISE = """
+import os
+from heliostat.linear import choice
+if os.environ["RANK"] == "1":
+    choice._best = lambda scores, r: (-scores.cpu()).topk(r).indices.sort().values
+"""
+
+
+def test_the_first_process_chooses_the_columns_for_all(bare_family: Path, tiny_data: Path) -> None:
+    """The second one would choose the very opposite: it does not come to that."""
+    options = {"sharing": "independent", "tuner": "paca", "columns": "norm", "data_parallel": "ddp", "r": 4}
+    for count, before in ((1, ""), (2, OTHERWISE)):
+        recipe = values(bare_family, tiny_data, f"chosen-{count}", count, **options)
+        for done in run(count, bare_family, [recipe], before=before):
+            assert done.returncode == 0, done.stderr[-2000:]
+    alone, together = (weights(bare_family, f"chosen-{count}") for count in (1, 2))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=2e-3, atol=2e-4, msg=name)
 
 
 @pytest.mark.slow
