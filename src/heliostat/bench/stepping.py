@@ -33,7 +33,9 @@ from heliostat.train.recipe import ALL_LINEARS
 OWN = "own"
 FULL, LORA, PACA = "full", "lora", "paca"
 PEFT_LORA, PEFT_DORA, PEFT_PACA = "peft-lora", "peft-dora", "peft-paca"
-TUNERS = (FULL, LORA, PACA, PEFT_LORA, PEFT_DORA, PEFT_PACA)
+FROZEN = "frozen"
+"""Nothing but one norm is tuned, and the gradient goes back to it: less work than any adapter has."""
+TUNERS = (FULL, LORA, PACA, FROZEN, PEFT_LORA, PEFT_DORA, PEFT_PACA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +125,15 @@ class Tuned:
             self.route = whole(OWN)
         self.settings = Settings(steps=1_000_000, learning_rate=1e-4, bf16=self.work.bf16)
         self.optimizer = make_optimizer(self.parameters, self.settings)
-        self.branches = branches_of(
-            self.work.config,
-            self.parameters,
-            whole=self.tuner == FULL,
-            writes_for_itself=True,
-            context=self.work.length / 2,
-        )
+        self.branches = ()
+        if self.tuner != FROZEN:
+            self.branches = branches_of(
+                self.work.config,
+                self.parameters,
+                whole=self.tuner == FULL,
+                writes_for_itself=True,
+                context=self.work.length / 2,
+            )
 
     def step(self, case: Case) -> float:
         """Seconds of one whole step."""
@@ -205,7 +209,8 @@ class Tuned:
         ends: dict[nn.Module, float] = {}
 
         def watch(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            out.register_hook(lambda grad: begins.__setitem__(module, now(device)))
+            if out.requires_grad:
+                out.register_hook(lambda grad: begins.__setitem__(module, now(device)))
             if args[0].requires_grad:
                 args[0].register_hook(lambda grad: ends.__setitem__(module, now(device)))
 
@@ -289,8 +294,10 @@ def _put_on(model: Transformer, tuner: str, r: int | None) -> dict[str, nn.Param
     """The tuner on the model; the parameters that it trains."""
     if tuner == FULL:
         return dict(model.named_parameters())
-    assert r is not None
     model.requires_grad_(False)
+    if tuner == FROZEN:
+        return dict(model.blocks[0].post_attention_layernorm.requires_grad_().named_parameters())
+    assert r is not None
     if tuner.startswith("peft-"):
         return _peft(model, tuner, r)
     if tuner == LORA:

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from heliostat.bench.stepping import (
+    FROZEN,
     FULL,
     LORA,
     PACA,
@@ -106,13 +107,15 @@ class Wish:
         )
 
     def tuned(self) -> list[tuple[str, int | None]]:
-        """Tuners with their ranks: columns at equal rank and at equal parameters, PEFT's last."""
+        """Tuners with their ranks: columns at equal rank and at equal parameters, what bounds adapters, PEFT's last."""
         found: list[tuple[str, int | None]] = []
         for tuner in self.tuners:
             if tuner == PACA:
                 found += [(PACA, self.r), (PACA, 2 * self.r)]
             else:
-                found.append((tuner, None if tuner == FULL else self.r))
+                found.append((tuner, None if tuner in (FULL, FROZEN) else self.r))
+        if FROZEN not in self.tuners and set(self.tuners) - {FULL}:
+            found.append((FROZEN, None))
         if self.peft:
             own = [PEFT_PACA] if has_peft_paca() else []
             found += [(name, self.r) for name in (PEFT_LORA, PEFT_DORA, *own) if name not in self.tuners]
@@ -148,9 +151,9 @@ def measure(wish: Wish, console: Console) -> dict[str, Any]:
 
 
 def _cases(pair: tuple[str, int | None], wish: Wish) -> list[Case]:
-    """PEFT's stand at rate 0; columns of the smaller rank, too."""
+    """PEFT's stand at rate 0; the bound and columns of the smaller rank, too."""
     tuner, r = pair
-    compared = tuner.startswith("peft-") or (tuner == PACA and r == wish.r)
+    compared = tuner.startswith("peft-") or tuner == FROZEN or (tuner == PACA and r == wish.r)
     rates = (0.0,) if compared else wish.rates
     return [Case(tuner, r, rate, again) for again, rate in product((False, True), rates)]
 

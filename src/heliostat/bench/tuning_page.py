@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from heliostat.bench.birth import certificate
-from heliostat.bench.stepping import LORA, PACA, PEFT_LORA, Case
+from heliostat.bench.stepping import FROZEN, LORA, PACA, PEFT_LORA, Case
 from heliostat.bench.tuning import MIB, Wish, kept_losses, measure
 from heliostat.files import atomic_write_text
 from heliostat.plot import bars, lines
@@ -35,6 +35,8 @@ def page(found: Mapping[str, Any], wish: Wish, birth: Mapping[str, Any]) -> str:
         "storage once; the total adds weights, gradients and AdamW's moments. Longest: tokens of one row whose total",
         f"stays within {wish.budget_mib} MiB, reckoned from two measured lengths.",
         f"lora r {wish.r} and paca r {2 * wish.r} have about as many parameters, paca r {wish.r} has the rank.",
+        f"{FROZEN}: one norm of the first block is tuned and nothing else, so that the gradient goes back through all",
+        "weights: no adapter can be faster.",
         "",
         f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}; "
         + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
@@ -122,6 +124,13 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
                 f"({lora['case']}), kept {row['kept'] / lora['kept'] - 1:+.0%}, "
                 f"total {row['total'] / lora['total'] - 1:+.0%}."
             )
+        bound = plain.get(FROZEN)
+        if bound is not None:
+            lines.append(
+                f"- The bound: frozen weights and no adapter at all take {bound['speeds'][lora['case']]:.2f} times the "
+                f"speed of {lora['case']}; of what could be won, the columns of {widest} win "
+                f"{_won(plain, lora['case'], widest):.0%}."
+            )
     apart = [r["ratio"] / r["predicted"] - 1 for r in plain.values() if r["predicted"] is not None]
     if apart:
         met = sum(abs(x) <= CLOSE for x in apart)
@@ -131,6 +140,13 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
             f"to {max(apart):+.1%}."
         )
     return lines
+
+
+def _won(plain: Mapping[str, Mapping[str, Any]], lora: str, widest: int) -> float:
+    """How much of the time that an adapter takes beside frozen weights the columns save, of the low-rank one's."""
+    bound = 1 / plain[FROZEN]["speeds"][lora]
+    columns = 1 / plain[Case(PACA, widest).name]["speeds"][lora]
+    return (1 - columns) / (1 - bound)
 
 
 def write(folder: Path, found: Mapping[str, Any], wish: Wish, birth: Mapping[str, Any]) -> Path:

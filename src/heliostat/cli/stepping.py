@@ -13,7 +13,7 @@ from heliostat.errors import Refused
 
 def train(
     tuners: Annotated[
-        str, typer.Option(help="By comma: full, lora, paca, peft-lora, peft-dora, peft-paca.")
+        str, typer.Option(help="By comma: full, lora, paca, frozen, peft-lora, peft-dora, peft-paca.")
     ] = "full,lora,paca",
     dropbp: Annotated[str, typer.Option(help="Drop rates, by comma; 0 among them.")] = "0,0.5,0.75,0.875",
     r: Annotated[int, typer.Option(min=1, help="Rank of adapters; columns also at twice of it.")] = 16,

@@ -48,6 +48,15 @@ def test_phases_hold_each_other_and_leave_a_step_behind(tuner: str, r: int | Non
     assert all(p.grad is None for p in model.parameters.values())
 
 
+def test_the_bound_of_all_adapters_keeps_less_than_any_and_still_goes_back_to_the_first_block() -> None:
+    frozen = tuned("frozen")
+    (norm,) = frozen.parameters.values()
+    before = norm.detach().clone()
+    frozen.step(Case("frozen"))
+    assert not torch.equal(norm, before)
+    assert frozen.kept(Case("frozen")) < tuned("paca", 4).kept(Case("paca", 4))
+
+
 def test_what_is_kept_shrinks_with_the_rate_and_with_columns() -> None:
     full, low, columns = tuned("full"), tuned("lora", 4), tuned("paca", 4)
     by_rate = [full.kept(Case("full", None, rate)) for rate in (0.0, 0.5, 0.75)]
@@ -96,10 +105,17 @@ def test_a_page_has_every_case_the_model_and_verdicts(tmp_path: Path) -> None:
     wish = replace(SMALL, tuners=("lora", "paca"), rates=(0.0, 0.5), budget_mib=4)
     found, page = tuning_page.main(wish, tmp_path, console=Console(file=io.StringIO()))
     names = {row["case"] for row in found["rows"]}
-    assert names == {"lora r 4", "lora r 4, dropbp 0.5", "paca r 4", "paca r 8", "paca r 8, dropbp 0.5"}
+    assert names == {
+        "lora r 4",
+        "lora r 4, dropbp 0.5",
+        "paca r 4",
+        "paca r 8",
+        "paca r 8, dropbp 0.5",
+        "frozen",
+    }
     text = page.read_text(encoding="utf-8")
     assert all(f"| {name} |" in text for name in names)
-    assert "equal parameters" in text and "of 2 cases within 5%" in text
+    assert "equal parameters" in text and "of 2 cases within 5%" in text and "- The bound:" in text
     longest = {(r["case"], r["checkpointing"]): r["longest"] for r in found["rows"]}
     assert longest["paca r 4", False] > longest["lora r 4", False] > 0
     assert {p.name for p in tmp_path.iterdir()} == {
