@@ -76,11 +76,21 @@ class Phases:
     branches: float
     rest: float
     """Clipping and the optimizer."""
+    untaped: float
+    """Forward when nothing is kept for a backward pass, as a dropped branch runs."""
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.rest
 
     def ratio(self, rate: float) -> float:
         """The measured-term model: a step's time at a drop rate, in steps of rate 0. Only branches shrink."""
-        total = self.forward + self.backward + self.rest
-        return (total - rate * self.branches) / total
+        return (self.total - rate * self.branches) / self.total
+
+    def whole_ratio(self, rate: float) -> float:
+        """The same where all that a dropped branch leaves out is counted: its tape, and its part of the optimizer's work."""
+        saved = self.branches + (self.forward - self.untaped) + self.rest
+        return (self.total - rate * saved) / self.total
 
 
 @dataclass(slots=True)
@@ -228,9 +238,11 @@ class Tuned:
         for hook in hooks:
             hook.remove()
         rest = timed(self._descend, device)
+        with torch.no_grad(), self._autocast():
+            untaped = timed(lambda: self.loss(None, ids), device)
         # What has nothing trained before it passes no gradient on; it is the last to run.
         branches = sum(ends.get(part, end) - begin for part, begin in begins.items())
-        return Phases(middle - start, end - middle, branches, rest)
+        return Phases(middle - start, end - middle, branches, rest, untaped)
 
     def _descend(self) -> None:
         nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.max_grad_norm)

@@ -179,6 +179,7 @@ def _row(
         "ratio": _beside(seconds[case], seconds[alone]),
         "speeds": {one.name: _beside(seconds[one], seconds[case]) for one in low_rank if one in seconds},
         "predicted": None if case.checkpointing or not case.dropbp else parts.ratio(case.dropbp),
+        "reckoned": None if case.checkpointing or not case.dropbp else parts.whole_ratio(case.dropbp),
         "kept": kept,
         "fixed": fixed,
         "total": kept + fixed,

@@ -89,20 +89,24 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _model_table(found: Mapping[str, Any]) -> list[str]:
     lines = [
-        "Of a step at rate 0: forward, backward, of it the branches', and clipping with the optimizer. The model: only the",
-        "branches' part shrinks with the rate.",
+        "Of a step at rate 0: forward, backward, of it the branches', and clipping with the optimizer; and forward",
+        "when nothing is kept. The model: only the branches' part shrinks with the rate. *Whole*: what else a dropped",
+        "branch leaves out is counted, too: its forward pass keeps nothing (without gradients it runs on the kernels that",
+        "serve), and its parameters have no gradients to clip or to step by.",
         "",
-        "| | forward, ms | backward | branches | rest |",
-        "|---|---|---|---|---|",
+        "| | forward, ms | backward | branches | rest | forward, nothing kept |",
+        "|---|---|---|---|---|---|",
     ]
     for name, parts in found["phases"].items():
-        cells = [f"{1e3 * parts[key]:.0f}" for key in ("forward", "backward", "branches", "rest")]
+        cells = [f"{1e3 * parts[key]:.0f}" for key in ("forward", "backward", "branches", "rest", "untaped")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| | measured time | model | apart |", "|---|---|---|---|"]
+    lines += ["", "| | measured time | model | apart | whole | apart |", "|---|---|---|---|---|---|"]
     for row in found["rows"]:
         if row["predicted"] is not None:
-            apart = row["ratio"] / row["predicted"] - 1
-            lines.append(f"| {row['case']} | {row['ratio']:.3f} | {row['predicted']:.3f} | {apart:+.1%} |")
+            cells = [
+                f"{row[key]:.3f} | {row['ratio'] / row[key] - 1:+.1%}" for key in ("predicted", "reckoned")
+            ]
+            lines.append(f"| {row['case']} | {row['ratio']:.3f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -131,15 +135,19 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
                 f"speed of {lora['case']}; of what could be won, the columns of {widest} win "
                 f"{_won(plain, lora['case'], widest):.0%}."
             )
-    apart = [r["ratio"] / r["predicted"] - 1 for r in plain.values() if r["predicted"] is not None]
-    if apart:
-        met = sum(abs(x) <= CLOSE for x in apart)
-        lines.append(
-            f"- Dropped branches: {met} of {len(apart)} cases within {CLOSE:.0%} of the model's time; "
-            f"{sum(x > CLOSE for x in apart)} slower, {sum(x < -CLOSE for x in apart)} faster; from {min(apart):+.1%} "
-            f"to {max(apart):+.1%}."
-        )
+    for key, name in (("predicted", "the model's time"), ("reckoned", "the time with all that is left out")):
+        apart = [r["ratio"] / r[key] - 1 for r in plain.values() if r[key] is not None]
+        if apart:
+            lines.append(f"- Dropped branches: {_nearness(apart, name)}.")
     return lines
+
+
+def _nearness(apart: Sequence[float], what: str) -> str:
+    met = sum(abs(x) <= CLOSE for x in apart)
+    return (
+        f"{met} of {len(apart)} cases within {CLOSE:.0%} of {what}; {sum(x > CLOSE for x in apart)} slower, "
+        f"{sum(x < -CLOSE for x in apart)} faster; from {min(apart):+.1%} to {max(apart):+.1%}"
+    )
 
 
 def _won(plain: Mapping[str, Mapping[str, Any]], lora: str, widest: int) -> float:

@@ -32,10 +32,12 @@ def tuned(tuner: str, r: int | None = None) -> Tuned:
 
 
 def test_only_the_branches_shrink_in_the_model() -> None:
-    parts = Phases(forward=2.0, backward=5.0, branches=4.0, rest=1.0)
+    parts = Phases(forward=2.0, backward=5.0, branches=4.0, rest=1.0, untaped=1.5)
     assert parts.ratio(0) == 1.0
     assert parts.ratio(0.5) == pytest.approx(6 / 8)
     assert parts.ratio(1) == pytest.approx(4 / 8)
+    assert parts.whole_ratio(0) == 1.0
+    assert parts.whole_ratio(1) == pytest.approx((8 - 4 - 0.5 - 1) / 8)
 
 
 @pytest.mark.parametrize(("tuner", "r"), [("full", None), ("lora", 4), ("paca", 4)])
