@@ -306,6 +306,15 @@ class InRow(nn.Module):
             "loss": -spoken.sum() / (num_items_in_batch if num_items_in_batch is not None else layout.spoken)
         }
 
+    def __getattr__(self, name: str) -> Any:
+        """What is not the row's is the model's: trainers look for more than a module has (``generation_config`` ...)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(self.model, name)
+
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Compute activations again in the backward pass (transformers' name for it)."""
         for loaded in self.modules_of_row.values():

@@ -119,6 +119,16 @@ def test_transformers_own_trainer_trains_it(checkpointing: bool, tiny_base: Path
     assert wrapped.modules_of_row["own"].model.checkpointing == checkpointing
 
 
+def test_what_a_trainer_looks_for_beside_a_module_is_the_model_s(tiny_base: Path) -> None:
+    model = theirs(tiny_base)
+    wrapped = wrap(model, row="sun")
+    assert wrapped.generation_config is model.generation_config
+    wrapped.add_model_tags(["sft"])  # as TRL's trainer does
+    assert model.model_tags == ["sft"]
+    with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
+        _ = wrapped.no_such_thing
+
+
 def test_refusals(tiny_base: Path) -> None:
     with pytest.raises(Refused, match=r"no sharing 'son' \(did you mean 'sun'\?\)"):
         wrap(theirs(tiny_base), row="son")
