@@ -116,14 +116,17 @@ class Columns(nn.Module):
         self.refresh(inner)
 
     @torch.no_grad()
-    def refresh(self, inner: nn.Module) -> None:
-        """Write the columns anew where D has changed since they were written; cheap where it has not."""
+    def refresh(self, inner: nn.Module, *, unseen: bool = False) -> None:
+        """Write the columns anew where D has changed since they were written; cheap where it has not.
+
+        ``unseen``: write them whatever is known of D; who writes to its ``data`` leaves no trace.
+        """
         if self.originals is None:
             return
         assert isinstance(inner, nn.Linear)
         steps = self.delta.__dict__.setdefault(STEPS, 0)
         state = (steps, self.delta._version, self.delta.data_ptr(), inner.weight.data_ptr())
-        if state != self._written:
+        if unseen or state != self._written:
             inner.weight.index_copy_(1, self.columns, (self.originals + self.delta).to(inner.weight.dtype))
             self._written = state
 

@@ -86,11 +86,11 @@ def lift(model: nn.Module, name: str = DEFAULT) -> None:
 
 
 def refresh(model: nn.Module) -> None:
-    """Write resident columns anew where they have changed. Only who writes to ``parameter.data`` must call this."""
+    """Write all resident columns anew. Only who writes to ``parameter.data`` must call this: that leaves no trace."""
     for module in adapted_linears(model).values():
         for part in module.adapters.values():
             if isinstance(part, Columns):
-                part.refresh(module.inner)
+                part.refresh(module.inner, unseen=True)
 
 
 def merge(model: nn.Module) -> nn.Module:

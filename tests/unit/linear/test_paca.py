@@ -203,6 +203,22 @@ def test_transformers_own_trainer_trains_and_resumes(
     assert (logits(whole) - logits(theirs(tiny_base))).abs().max() > 0.01
 
 
+def test_what_was_written_past_torch_stands_in_the_weights_after_a_refresh(tiny_base: Path) -> None:
+    model = theirs(tiny_base)
+    paca.apply(model, r=4)
+    before = logits(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    paca.refresh(model)
+    written = logits(model)
+    paca.wear(model, None)
+    torch.testing.assert_close(logits(model), before)
+    paca.wear(model, "default")
+    assert (written - before).abs().max() > 0.01
+    torch.testing.assert_close(logits(model), written)
+
+
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("block", [0, 1], ids=["alone", "in a row"])
 def test_the_example_of_the_page_runs(
