@@ -11,6 +11,7 @@ from typing import Any
 from heliostat.bench.measured import steps
 from heliostat.bench.statistics import paired_ratio
 from heliostat.bench.workloads import popularity_named
+from heliostat.errors import Refused
 
 RUNNING = (1, 2, 3, 4)
 """Requests a member, on average."""
@@ -18,6 +19,9 @@ PROMPT, STEPS = 224, 32
 """Tokens of each prompt, and timed tokens of each answer, where nothing else is said."""
 LONG = 1536
 """Tokens of a long prompt: attention does not batch."""
+MANY = 64
+"""Requests at once that fill every member's own batch."""
+MOST = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,8 @@ class Case:
     popularity: str = "uniform"
     prompt: int = PROMPT
     steps: int = STEPS
-    no_help: bool = False
-    """Where sharing is not expected to gain."""
+    less: bool = False
+    """Where there is less to gain, or nothing."""
 
     @property
     def name(self) -> str:
@@ -51,13 +55,20 @@ class Case:
 
 
 def cases(members: Sequence[int], popularities: Sequence[str], running: Sequence[int]) -> list[Case]:
-    """Every mix, then one member alone, and few requests with long prompts: where there is little to gain."""
+    """Every mix; then where there is less to gain: one member alone, long prompts, batches that are full anyway."""
     made = [
         Case(count, each, popularity) for count in members for popularity in popularities for each in running
     ]
-    alone = Case(1, running[-1], no_help=True)
-    long = Case(members[0], 1, prompt=LONG, no_help=True)
-    return [*made, *(case for case in (alone, long) if case not in made)]
+    if (most := max(case.members * case.running for case in made)) > MOST:
+        raise Refused(f"{most} requests at once; allowed is up to {MOST}: fewer members, or fewer running")
+    first = members[0]
+    less = [
+        Case(1, running[-1], less=True),
+        Case(first, 1, prompt=LONG, less=True),
+        Case(first, max(1, MANY // first), less=True),
+    ]
+    names = {case.name for case in made}
+    return [*made, *(case for case in less if case.name not in names)]
 
 
 def decoded(case: Case, systems: Sequence[str], points: Mapping[str, Sequence[Any]]) -> dict[str, Any] | None:

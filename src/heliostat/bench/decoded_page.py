@@ -68,10 +68,10 @@ def cells(results: Found) -> Cells:
     for found in results["cases"]:
         case = found["case"]
         for number, (name, own) in enumerate(found["systems"].items()):
-            goal = GOAL.get(case["members"]) if name == "sun" and not case["no_help"] else None
+            goal = GOAL.get(case["members"]) if name == "sun" and not case["less"] else None
             rows.append(
                 [
-                    case["name"] + (" (no gain expected)" if case["no_help"] else ""),
+                    case["name"] + (" (less to gain)" if case["less"] else ""),
                     "+".join(map(str, case["counts"])),
                     name,
                     f"{own['median']:.0f}",
@@ -87,7 +87,7 @@ def cells(results: Found) -> Cells:
 def pictures(results: Found) -> dict[str, str]:
     """Ratios over running requests by popularity and members; one distribution of seconds a token."""
     made = {}
-    plain = [found for found in results["cases"] if not found["case"]["no_help"]]
+    plain = [found for found in results["cases"] if not found["case"]["less"]]
     for members, popularity in dict.fromkeys((f["case"]["members"], f["case"]["popularity"]) for f in plain):
         some = [
             found

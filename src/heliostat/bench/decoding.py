@@ -41,7 +41,7 @@ def timed(stand: Stand, system: System, case: Case, *, seed: int) -> Timed:
     members = member_names(case.members)
     counts = case.counts()
     total, tokens = sum(counts), case.prompt + case.steps + 1
-    engine = stand.engine(system, members, pages=total * (1 + -(-tokens // PAGE_SIZE)))
+    engine = stand.engine(system, members, pages=total * (1 + -(-tokens // PAGE_SIZE)), most=total)
     rows = system.rows(members)
     wish = Sampling(max_tokens=case.steps + 1, ignore_eos=True)
     who = [member for member, count in zip(members, counts, strict=True) for _ in range(count)]

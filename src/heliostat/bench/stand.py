@@ -42,10 +42,10 @@ class Stand:
         names = dict.fromkeys(m for row in system.rows(members).values() for m in row.modules)
         return {name: self._module(name, system) for name in names}
 
-    def engine(self, system: System, members: Sequence[str], *, pages: int) -> Engine:
-        """A fresh engine, its pages empty, around a system's modules."""
-        modules = self.modules(system, members)
-        return Engine(modules, self._tokenizer, max_length=self.config.max_length, pages=pages)
+    def engine(self, system: System, members: Sequence[str], *, pages: int, most: int = 64) -> Engine:
+        """A fresh engine, its pages empty, around a system's modules; at most ``most`` requests run at once."""
+        modules, longest = self.modules(system, members), self.config.max_length
+        return Engine(modules, self._tokenizer, max_length=longest, pages=pages, max_running=most)
 
     def bytes(self, system: System, members: Sequence[str]) -> int:
         """Memory of a system's weights, adapters and all; of adapters of other systems on the same base nothing."""

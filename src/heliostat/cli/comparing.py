@@ -45,6 +45,9 @@ Out = Annotated[
         help="Folder for points and results; what is there goes on.", show_default="out/bench/ and the name"
     ),
 ]
+Name = Annotated[
+    str, typer.Option(help="Of the page in --docs.", show_default="workflow- and what is measured")
+]
 Docs = Annotated[
     Path | None, typer.Option(help="Also write the page, its numbers and pictures here.", show_default="no")
 ]
@@ -68,6 +71,7 @@ def workflow(
     quick_run: Quick = False,
     out: Out = None,
     docs: Docs = None,
+    name: Name = "",
     as_json: Json = False,
     **flags: Any,
 ) -> None:
@@ -80,7 +84,8 @@ def workflow(
     sweep = _swept(pools, switches, popularity)
     wanted = _comparisons(members, compare, sweep, loads, given(flags), shape=shape, seed=seed)
     wanted = [quick(each) for each in wanted] if quick_run else wanted
-    _measured(wanted, f"workflow-{wanted[0].load.workflow}", out, docs, as_json=as_json)
+    usual = f"workflow-{wanted[0].load.workflow}" + ("-members" if len(wanted) > 1 else "")
+    _measured(wanted, name or usual, out, docs, as_json=as_json)
 
 
 def _comparisons(

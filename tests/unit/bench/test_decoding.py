@@ -11,6 +11,7 @@ from heliostat.bench.decoded import Case, cases, decoded
 from heliostat.bench.decoded_page import cells, write_docs, write_report
 from heliostat.bench.decoding import Decoding, run_all
 from heliostat.bench.systems import SYSTEMS
+from heliostat.errors import Refused
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
 LINES = tuple(SYSTEMS[name] for name in ("independent", "multilora", "sun"))
@@ -31,8 +32,15 @@ def test_requests_fall_on_members_as_popularity_has_it(case: Case, counts: list[
 
 def test_there_is_always_a_case_where_sharing_gains_little() -> None:
     made = cases([4, 8], ["uniform", "zipf:1.2"], [1, 4])
-    assert len(made) == 2 * 2 * 2 + 2 and len({case.name for case in made}) == len(made)
-    assert [(c.members, c.prompt) for c in made if c.no_help] == [(1, 224), (4, 1536)]
+    assert len(made) == 2 * 2 * 2 + 3 and len({case.name for case in made}) == len(made)
+    less = [(case.members, case.running, case.prompt) for case in made if case.less]
+    assert less == [(1, 4, 224), (4, 1, 1536), (4, 16, 224)]
+    assert len(cases([1], ["uniform"], [64])) == 2, "none twice"
+
+
+def test_too_many_requests_at_once_are_refused_with_their_number() -> None:
+    with pytest.raises(Refused, match="320 requests at once; allowed is up to 256"):
+        cases([64], ["uniform"], [1, 5])
 
 
 def points(*seconds: float) -> list[dict[str, Any]]:
@@ -70,7 +78,7 @@ def test_all_systems_are_timed_and_what_is_there_is_kept(
 ) -> None:
     monkeypatch.setattr(decode, "SHAPES", {"tiny": TINY})
     monkeypatch.setattr("heliostat.bench.stand.SHAPES", {"tiny": TINY})
-    made = (Case(2, 2, prompt=20, steps=4), Case(1, 1, prompt=20, steps=4, no_help=True))
+    made = (Case(2, 2, prompt=20, steps=4), Case(1, 1, prompt=20, steps=4, less=True))
     asked = Decoding(LINES, made, "tiny", 2, 0)
     part = run_all(asked, tmp_path, command="x", tell=Stopping(4))
     assert part["stopped"] and len(part["cases"]) == 1
@@ -80,7 +88,7 @@ def test_all_systems_are_timed_and_what_is_there_is_kept(
         assert list(found["systems"]) == ["independent", "multilora", "sun"]
     rows = cells(results)[1]
     assert len(rows) == 6 and rows[0][4] == "1" and rows[2][4] == "too few: 2 pairs of 5"
-    assert "no gain expected" in rows[3][0]
+    assert "less to gain" in rows[3][0]
     assert write_report(tmp_path / "report.html", results).read_text().count("<svg") == 2
     text = write_docs(tmp_path / "docs", "decode-members", results)[1].read_text()
     assert "| sun |" in text and "heliostat bench decode" in text and "A100" in text
