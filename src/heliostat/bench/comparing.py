@@ -179,6 +179,8 @@ class Comparing:
         sheet = asyncio.run(driven(Seated(engine, system.rows(members), Gate(cap, made)), made, run))
         if run.stopped:
             raise KeyboardInterrupt
+        if failed := [record for record in run.records if not record.answered]:
+            raise Refused(f"{system.name}: {len(failed)} requests failed, the first with: {failed[0].told}")
         return run, sheet
 
 
@@ -186,6 +188,7 @@ def run_all(comparisons: Sequence[Comparison], folder: Path, *, command: str, te
     """All comparisons, and results.json; after Ctrl-C what there is of them (``stopped`` is then true)."""
     first = comparisons[0]
     stand = Stand(first.shape, seed=first.load.seed)
+    _refuse_too_long(comparisons, stand.config.max_length)
     birth = certificate(command, seed=first.load.seed, repeats=first.rounds)
     asked = {"commit": birth["commit"], "comparisons": [asdict(each) for each in comparisons]}
     kept, made, stopped = Kept(folder, asked), [], False
@@ -204,6 +207,15 @@ def run_all(comparisons: Sequence[Comparison], folder: Path, *, command: str, te
     }
     atomic_write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
+
+
+def _refuse_too_long(comparisons: Sequence[Comparison], most: int) -> None:
+    for each in comparisons:
+        if (longest := each.longest()) > 0.9 * most:
+            raise Refused(
+                f"requests have up to {longest} tokens or a little more; shape {each.shape} runs {most}: "
+                "shorten --context, --answer or --observation, or take fewer --turns"
+            )
 
 
 async def driven(seated: Seated, made: Sequence[Session], run: Run) -> Timesheet:

@@ -112,8 +112,13 @@ class Comparison:
         """Of every system's pool."""
         sample = self.sessions(0, how_many=50)
         least = min(found.kept for found in self.counted(sample).values()) / len(sample)
-        longest = max(len(prompt_ids(c, {})) + c.answer_tokens for s in sample for c in s.calls)
-        return max(math.ceil(POOLS[self.pool] * IN_FLIGHT * least / PAGE), 4 * math.ceil(longest / PAGE))
+        room = 4 * math.ceil(self.longest() / PAGE)
+        return max(math.ceil(POOLS[self.pool] * IN_FLIGHT * least / PAGE), room)
+
+    def longest(self) -> int:
+        """Tokens of the longest of many requests; others may be a little longer."""
+        sample = self.sessions(0, how_many=50)
+        return max(len(prompt_ids(c, {})) + c.answer_tokens for s in sample for c in s.calls)
 
     @property
     def points(self) -> int:

@@ -141,6 +141,15 @@ def test_a_run_that_is_broken_off_is_no_point(
     assert write_report(tmp_path / "report.html", results).exists()
 
 
+def test_a_run_in_which_a_request_failed_is_no_point(
+    it: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Comparison, "pages", lambda it: 1)
+    with pytest.raises(Refused, match=r"independent: \d+ requests failed, the first with: .* pages"):
+        run_all([it], tmp_path, command="", tell=Silent())
+    assert not list((tmp_path / "points").iterdir())
+
+
 def test_a_folder_of_another_comparison_is_refused(tmp_path: Path) -> None:
     Kept(tmp_path, {"members": 2})
     assert Kept(tmp_path, {"members": 2}).found == {}

@@ -28,6 +28,7 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "in
         ("workflow --loads 0,1", "loads are"),
         ("workflow --loads much", "loads is 'much'"),
         ("workflow --popularity normal", "popularity is 'normal'"),
+        ("workflow --context 4000", "requests have up to"),
         ("decode --members 2.5", "members is '2.5'"),
         ("decode --running 0", "running is 0"),
         ("decode --shape 7B", "no shape '7B'"),
