@@ -18,10 +18,10 @@ Found = Mapping[str, Any]
 Cells = tuple[list[str], list[list[str]]]
 """Heads and rows of a table."""
 PEAKS = (
-    "A *peak* is the throughput of a closed loop with as many sessions in flight as served this system best; the ratio is "
-    "the median over rounds made in turns. The *ceiling* is arithmetic: the baseline's own seconds, less the prompt "
-    "tokens that need not run if every page is kept; cheaper or dearer decoding is not in it, so a ratio may lie above "
-    "it. *Prompt tokens run* are parts of the baseline's, in brackets the fewest possible."
+    "A *peak* is the throughput of sessions that are all due at once, with as many in flight as served this system best; "
+    "the ratio is the median over rounds made in turns. The *ceiling* is arithmetic: the baseline's own seconds, less the "
+    "prompt tokens that need not run if every page is kept; cheaper or dearer decoding is not in it, so a ratio may lie "
+    "above it. *Prompt tokens run* are parts of the baseline's, in brackets the fewest possible."
 )
 LOADS = (
     "Loads are parts of the baseline's peak. Sessions arrive at random and are the same for all systems. A 95th "

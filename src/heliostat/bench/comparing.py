@@ -92,9 +92,10 @@ class Comparing:
         here = key(it, "")
         if missing := it.points - sum(name.startswith(here) for name in self.kept.found):
             self.tell.begin(missing, self.estimate() * missing / it.points)
+        tried = it.at_once(1, it.varied)
         for system in it.systems:
             for cap in it.caps:
-                self._closed(key(it, TRIED, system.name, cap), system, it.at_once(1, it.enough(cap)), cap)
+                self._closed(key(it, TRIED, system.name, cap), system, tried, cap)
         self._peaks(None)
         for number, load in enumerate(it.loads):
             self._loaded(load, 100 + 10 * number)
@@ -111,9 +112,9 @@ class Comparing:
         """In turns, each round beginning with another system."""
         it = self.it
         caps = {system.name: best_cap(it, self.kept.found, system.name) for system in it.systems}
-        how_many = it.enough(max(caps.values()))
+        changed, how_many = (it, it.saturated) if variant is None else (it.changed(variant), it.varied)
         for number in range(it.rounds):
-            made = (it if variant is None else it.changed(variant)).at_once(10 + number, how_many)
+            made = changed.at_once(10 + number, how_many)
             turn = number % len(it.systems)
             for system in (*it.systems[turn:], *it.systems[:turn]):
                 name = key(it, PEAK, variant.name if variant else "", system.name, number)
@@ -131,7 +132,7 @@ class Comparing:
             return {
                 "cap": cap,
                 "sessions": len(run.spans),
-                "sessions_a_second": steady(run, cap),
+                "sessions_a_second": len(run.spans) / max(end for _, end in run.spans.values()),
                 "hits": said["hits"],
                 "sheet": asdict(sheet),
                 "shares": sheet.shares(run.lateness.wall),
@@ -227,15 +228,3 @@ async def driven(seated: Seated, made: Sequence[Session], run: Run) -> Timesheet
         stepping.cancel()
         await asyncio.gather(stepping, return_exceptions=True)
     return seated.sheet
-
-
-def steady(run: Run, cap: int) -> float:
-    """Sessions a second in a closed loop, counted in calls, while it is full: from when half as many sessions as run
-    at a time have ended to when the last one has begun."""
-    ends = sorted(end for _, end in run.spans.values())
-    # A session begins when another one ends.
-    first, last = ends[min(cap, len(ends)) // 2], ends[max(len(ends) - cap - 1, 0)]
-    if last <= first:
-        return len(ends) / ends[-1]
-    answered = sum(first < record.end <= last for record in run.records if record.answered)
-    return answered / (len(run.records) / len(ends)) / (last - first)

@@ -29,11 +29,13 @@ LOADS = (0.5, 0.8, 1.0, 1.2)
 LIMITS = Limits(ttft=1.0, tpot=0.1)
 IN_FLIGHT = 16
 """Sessions whose keys and values a pool of size ``even`` holds once."""
-CAPS = (4, 8, 16, 24)
+CAPS = (4, 8, 12, 16)
 """Sessions in flight that are tried; the others wait outside, and that time counts."""
 ROUNDS = 5
-SATURATED = 32
-"""Sessions of one run that finds a peak; twice as many as run at a time, where that is more."""
+SATURATED = 48
+"""Sessions of one run that finds a peak: three times those in flight, so that beginning and end weigh little."""
+VARIED = 32
+"""Sessions of one run that only compares: caps, variants."""
 PILOT = 12
 """Sessions of one run that only chooses a cap."""
 APART = 7919
@@ -68,6 +70,7 @@ class Comparison:
     rounds: int = ROUNDS
     caps: tuple[int, ...] = CAPS
     saturated: int = SATURATED
+    varied: int = VARIED
     pilot: int = PILOT
     """0: the cap of the peak is kept."""
     limits: Limits = LIMITS
@@ -94,10 +97,6 @@ class Comparison:
         seed = self.load.seed + APART * number
         wanted = self.load.sessions if how_many is None else how_many
         return sessions(replace(self.load, rate=rate, seed=seed, sessions=wanted))
-
-    def enough(self, cap: int) -> int:
-        """Sessions of a run that finds a peak, where so many run at a time."""
-        return max(self.saturated, 2 * cap)
 
     def at_once(self, number: int, how_many: int) -> list[Session]:
         """Sessions that are all due at the beginning: how many run is the cap's to say."""
@@ -130,8 +129,8 @@ class Comparison:
     def seconds(self, session: float) -> float:
         """About how long all points take, where a session of the baseline takes so long in a full machine."""
         systems = len(self.systems)
-        tried, most = sum(map(self.enough, self.caps)), self.enough(max(self.caps))
-        peaks = systems * (tried + self.rounds * (1 + len(self.variants)) * most)
+        peaks = systems * self.rounds * (self.saturated + self.varied * len(self.variants))
+        peaks += systems * len(self.caps) * self.varied
         loads = sum(
             (systems * self.load.sessions + self.pilot * len(self.caps) * (self.pilot > 0)) / load
             for load in self.loads
@@ -147,6 +146,7 @@ def quick(comparison: Comparison) -> Comparison:
         loads=(1.0,),
         caps=(4, 16),
         saturated=16,
+        varied=16,
         pilot=0,
         variants=(),
     )

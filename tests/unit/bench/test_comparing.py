@@ -35,6 +35,7 @@ def it(monkeypatch: pytest.MonkeyPatch) -> Comparison:
         rounds=2,
         caps=(1, 2),
         saturated=3,
+        varied=2,
         pilot=1,
         variants=(ONE_MEMBER,),
     )

@@ -10,7 +10,7 @@ import torch
 
 from heliostat.bench import decode
 from heliostat.bench.client import Asking
-from heliostat.bench.comparing import driven, steady
+from heliostat.bench.comparing import driven
 from heliostat.bench.records import PHASES, Record, Run
 from heliostat.bench.seated import Gate, Seated, Timesheet
 from heliostat.bench.stand import Stand
@@ -132,16 +132,3 @@ def test_a_step_that_reads_and_says_decodes_as_long_as_one_that_only_says() -> N
     sheet.idle = 1.0
     assert (sheet.prefill_rows, sheet.decode_rows) == (10, 2)
     assert sheet.shares(9.0) == {"prefill": 3.0, "decode": 4.0, "idle": 1.0, "client": 1.0}
-
-
-def test_a_closed_loop_is_counted_while_it_is_full() -> None:
-    run = Run(0, None)
-    run.spans = {n: (0.0, float(end)) for n, end in enumerate((2, 3, 4, 5, 6, 7))}
-    ends = (1.5, 2.5, 3.5, 4.5, 5.5, 6.5)
-    run.records = [
-        Record(run=0, session=n, call=0, member="m", task="t", time=0, scheduled=0, end=e, outcome="answered")
-        for n, e in enumerate(ends)
-    ]
-    # Two at a time: one of two has ended at 3, and the last began when the fourth ended, at 5.
-    assert steady(run, 2) == pytest.approx(2 / 2.0)
-    assert steady(run, 6) == pytest.approx(6 / 7.0), "never full: all of it"
