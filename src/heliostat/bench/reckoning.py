@@ -44,8 +44,9 @@ class Reckoned:
     """One pool under a load."""
 
     busy: float
-    """Share of the time; 1: overrun."""
+    """Share of the time. Who decodes is busy whenever anything is there, and has room all the same."""
     tpot: float | None = None
+    """Seconds; None, like ``wait``: more comes than ever ends."""
     wait: float | None = None
     """Seconds until a prompt's turn that 95 of 100 stay below; ``run``: seconds of a mean prompt."""
     run: float | None = None
@@ -174,8 +175,6 @@ def _queue(rate: float, served: float, spread: float, count: int) -> Reckoned:
 
 def meets(found: Reckoned, limits: Limits, roles: Sequence[str]) -> bool:
     """Whether a pool keeps the limits that are its part."""
-    if found.busy >= STABLE:
-        return False
     if DECODE in roles and (found.tpot is None or found.tpot > limits.tpot):
         return False
     return PREFILL not in roles or (

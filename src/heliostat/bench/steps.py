@@ -93,26 +93,34 @@ class Bench:
         self._count = 0
 
     def batch(self, rows: Sequence[Row], lengths: Sequence[int], seed: int) -> list[Sample]:
-        """Requests of these rows in turn, with prompts of these lengths: every step until all are answered."""
+        """Requests of these rows in turn, with prompts of these lengths: every step until all are answered.
+
+        They come all at once with an even ``seed``, else one by one: then some read while others speak.
+        """
         dice, engine, found = random.Random(seed), self.engine, []
-        for number, length in enumerate(lengths):
-            self._count += 1
-            row = rows[number % len(rows)]
-            engine.add(
-                Request(
-                    str(self._count),
-                    row=row,
-                    digests={name: engine.digests[name] for name in row.modules},
-                    prompt=tuple(dice.choices(range(3, 1000), k=length)),
-                    sampling=Sampling(max_tokens=ANSWER, ignore_eos=True),
-                )
-            )
-        while engine.unfinished:
+        waiting = [(rows[number % len(rows)], length) for number, length in enumerate(lengths)]
+        while waiting or engine.unfinished:
+            come = len(waiting) if seed % 2 == 0 else dice.randint(0 if engine.unfinished else 1, 2)
+            for row, length in waiting[:come]:
+                self._add(row, dice.choices(range(3, 1000), k=length))
+            del waiting[:come]
             begin = self.clock()
             engine.step()
             took = self.clock() - begin
             found.append((counted(works_of(engine.latest, self.runs)), took))
         return found
+
+    def _add(self, row: Row, prompt: Sequence[int]) -> None:
+        self._count += 1
+        self.engine.add(
+            Request(
+                str(self._count),
+                row=row,
+                digests={name: self.engine.digests[name] for name in row.modules},
+                prompt=tuple(prompt),
+                sampling=Sampling(max_tokens=ANSWER, ignore_eos=True),
+            )
+        )
 
 
 def batches(seed: int) -> Iterator[tuple[list[Row], list[int]]]:

@@ -48,7 +48,7 @@ LOAD = Load(
     popularity=0.0,
     role_place="kept",
     pause=0.1,
-    lengths=Lengths(context=128, role=16, answer=24, observation=32),
+    lengths=Lengths(context=96, role=16, answer=16, observation=24),
 )
 """The sessions: short, so that 200 of them fit into half a minute of one core."""
 SAID = ("throughput", "ttft p50", "ttft p95", "tpot p50", "tpot p95", "session p50", "session p95", "hits")
@@ -101,10 +101,10 @@ def told(run: Run) -> dict[str, float | None]:
 
 
 def point(
-    case: Case, modules: Mapping[str, Loaded], costs: Fitted, load: Load, share: float
+    case: Case, modules: Mapping[str, Loaded], costs: Fitted, load: Load, share: float, most: float
 ) -> dict[str, Any]:
-    """One row at one load: measured, simulated, and how many times the one is the other."""
-    at = replace(load, rate=share * peak(case, costs, load))
+    """One row at a share of the ``most`` sessions a second: measured, simulated, how many times the one is the other."""
+    at = replace(load, rate=share * most)
     if share > 1:
         at = replace(at, sessions=at.sessions // 2)
     asked = respelled(sessions(at), f"{case.name}/{share}")
@@ -204,7 +204,8 @@ def main(given: Sequence[str] | None = None) -> None:
     choose(asked.shape, SHAPES, what="shape")
     torch.set_num_threads(asked.threads)
     command = f"python -m heliostat.bench.validating --shape {asked.shape} --sharings {asked.sharings}"
-    command += f" --threads {asked.threads} --seconds {asked.seconds:g} --sessions {asked.sessions}"
+    command += f" --threads {asked.threads} --sessions {asked.sessions}"
+    command += f" --costs {asked.costs.name}" if asked.costs else f" --seconds {asked.seconds:g}"
     costs = (
         read_costs(asked.costs)
         if asked.costs
@@ -213,8 +214,9 @@ def main(given: Sequence[str] | None = None) -> None:
     modules, load, points = toolbox(asked.shape), replace(LOAD, sessions=asked.sessions), []
     for sharing in asked.sharings.split(","):
         case = case_of(sharing, load.members)
+        most = peak(case, costs, load)
         for share in LOADS:
-            points.append(point(case, modules, costs, load, share))
+            points.append(point(case, modules, costs, load, share, most))
             near = ", ".join(f"{name} {r:.2f}x" for name, r in points[-1]["ratio"].items() if r is not None)
             print(f"{sharing} at {share:g}: {near}", flush=True)
     birth = certificate(command, seed=load.seed, sessions=asked.sessions)

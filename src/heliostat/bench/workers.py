@@ -26,12 +26,16 @@ from heliostat.files import atomic_write_text
 from heliostat.plot import bars
 
 APART = "independent"
+OWN = "independent, own workers"
+"""Told beside the better layout where that is another: as most services, and the papers' baselines, are laid out."""
 LIMITS = Limits(ttft=1.0, tpot=0.02)
 """Where nobody says others. MLPerf-style; the values are ours, for models of 24 million parameters on one core."""
 LOADS = (0.5, 1.0, 2.0)
 """Times the most that separate models keep with one worker a member and role."""
 HALVINGS = 5
 """Of the interval in which that most is looked for."""
+SHORTEST = 4.0
+"""Seconds in which the sessions of a point come at least: in less, there is no load to speak of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,11 @@ def peak_of(machine: Machine, load: Load, limits: Limits) -> float:
     low, high = 0.0, 0.25
     while kept(high):
         low, high = high, 2 * high
-    if not low:
-        low, high = 0.0, high
+        if high * SHORTEST > load.sessions:
+            raise Refused(
+                f"{load.sessions} sessions do not fill {len(pools)} workers within {SHORTEST:g} s: more of them at a "
+                "time are needed to find the most. Give --sessions more, or narrower limits"
+            )
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) else (low, middle)
@@ -105,22 +112,31 @@ def compare(
     for times in loads:
         asked = sessions(replace(load, rate=times * peak))
         for name in dict.fromkeys((APART, *names)):
-            found = best(machine, named(name, load.members), asked, limits)
-            rows.append({"load": times, "rate": times * peak, **asdict(found), "workers": found.workers})
-            if tell is not None:
-                tell(f"{times:g}x {name}: {found.prefill} prefill, {found.decode} decode {found.why_not}")
+            tried = layouts(machine, named(name, load.members), asked, limits)
+            best = fewest(tried)
+            for found in tried:
+                if found is not best and (name != APART or not found.apart):
+                    continue
+                label = name if found is best else OWN
+                facts = {**asdict(found), "sharing": label, "workers": found.workers}
+                rows.append({"load": times, "rate": times * peak, **facts})
+                if tell is not None:
+                    tell(
+                        f"{times:g}x {label}: {found.prefill} prefill, {found.decode} decode {found.why_not}"
+                    )
     return Found(limits, load, peak, tuple(rows), about)
 
 
-def best(machine: Machine, case: Case, asked: Sequence[Session], limits: Limits) -> Sized:
-    """The layout of workers that prefill and workers that decode that needs fewer of the latter, then of all.
-
-    Members of separate models have workers of their own, or every worker hosts all of them: the better one counts.
-    """
+def layouts(machine: Machine, case: Case, asked: Sequence[Session], limits: Limits) -> list[Sized]:
+    """Workers that prefill and workers that decode: members have workers of their own, or every worker hosts all."""
     sizing = Sizing(machine, case, asked, limits)
-    found = [sizing.find(split=True, apart=apart) for apart in (True, False)]
-    able = [one for one in found if one.counts]
-    return min(able, key=lambda one: (one.workers, one.decode)) if able else found[0]
+    return [sizing.find(split=True, apart=apart) for apart in (True, False)]
+
+
+def fewest(tried: Sequence[Sized]) -> Sized:
+    """The layout with the fewest workers, and of those alike the fewest that decode."""
+    able = [one for one in tried if one.counts]
+    return min(able, key=lambda one: (one.workers, one.decode)) if able else tried[0]
 
 
 def told(found: Found) -> list[list[str]]:

@@ -71,7 +71,12 @@ def calls(*asked: tuple[float, int, int]) -> list[Session]:
 
 
 def simulate(
-    named: Case, machine: Machine, asked: list[Session], *, split: bool = False, counts: Mapping[str, int] = {}
+    named: Case,
+    machine: Machine,
+    asked: list[Session],
+    *,
+    split: bool = False,
+    counts: Mapping[str, int] = {},
 ) -> tuple[Run, Service]:
     pools = pools_of(named, split=split, apart=False)
     pools = sized(pools, {pool.name: counts.get(pool.name, 1) for pool in pools})
@@ -127,7 +132,10 @@ def test_a_pool_too_small_for_all_answers_all_the_same() -> None:
 def test_the_same_sessions_take_the_same_time_and_hits_are_those_that_are_counted() -> None:
     asked = sessions(LOAD)
     facts = [
-        [(r.session, r.call, r.first, r.last, r.cached_tokens) for r in simulate(case("icarus"), STEADY, asked)[0].records]
+        [
+            (r.session, r.call, r.first, r.last, r.cached_tokens)
+            for r in simulate(case("icarus"), STEADY, asked)[0].records
+        ]
         for _ in range(2)
     ]
     assert facts[0] == facts[1]
@@ -154,7 +162,9 @@ def test_a_request_that_is_too_long_fails_and_what_goes_on_from_it_is_skipped() 
 def test_a_member_that_nobody_hosts_is_told() -> None:
     hosts = replace(pools_of(case("independent"), split=False, apart=False)[0], modules=("a.own",))
     with pytest.raises(Refused, match="cannot answer 'b'|cannot answer 'c'"):
-        Service([station(STEADY, case("independent"), hosts, 0)], case("independent").rows).run(sessions(LOAD))
+        Service([station(STEADY, case("independent"), hosts, 0)], case("independent").rows).run(
+            sessions(LOAD)
+        )
 
 
 def test_workers_are_hired_and_let_go() -> None:
@@ -188,5 +198,3 @@ def test_modules_that_do_not_fit_a_machine_are_refused() -> None:
     assert stations(small, named, pools_of(named, split=False, apart=True))[0].offer.pages == 9 * 70
     with pytest.raises(Refused, match="3 modules of .* do not fit"):
         stations(replace(small, room=4096 * 70 * 3), named, pools_of(named, split=False, apart=False))
-
-
