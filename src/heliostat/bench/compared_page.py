@@ -35,7 +35,7 @@ def write_report(path: Path, results: Found) -> Path:
     parts = [f'<p class="wrong">{escape(line)}</p>' for line in warnings(results)]
     for found in results["comparisons"]:
         parts += _comparison(found)
-    parts.append(footer(results["birth"]))
+    parts += [*over_members(results).values(), footer(results["birth"])]
     atomic_write_text(path, page(f"heliostat bench: {results['what']}", parts))
     return path
 
@@ -82,8 +82,9 @@ def setting(found: Found) -> str:
         f"popularity {load['popularity']:g}; roles {load['role_place']}; context {lengths['context']}, role "
         f"{lengths['role']}, answer {lengths['answer']}, observation {lengths['observation']} tokens; tools "
         f"{load['pause']:g} s. Random weights of shape {found['shape']}, one engine, same cores, {found['pages']} pages "
-        f"({found['pool']}) for each system. Weights: {sizes}. {told_systems(found['systems'])}. Goodput: first token "
-        f"within {found['limits']['ttft']:g} s, {found['limits']['tpot']:g} s a token."
+        f"({found['pool']}) for each system. {told_systems(found['systems'])}. Adapters have rank "
+        f"{found['adapter_rank']}. Weights: {sizes}. Goodput: first token within {found['limits']['ttft']:g} s, "
+        f"{found['limits']['tpot']:g} s a token."
     )
 
 
@@ -210,6 +211,31 @@ def pictures(found: Found) -> dict[str, str]:
     return made
 
 
+def over_members(results: Found) -> dict[str, str]:
+    """Peaks over the number of members, where several were measured."""
+    parts = [
+        (found["members"], found["peaks"][0]["systems"]) for found in results["comparisons"] if found["peaks"]
+    ]
+    if len(parts) < 2:
+        return {}
+    ratios = {
+        name: [(members, own[name]["ratio"]) for members, own in parts if "value" in own[name]["ratio"]]
+        for name in parts[0][1]
+    }
+    drawn = lines(
+        {name: [(x, e["value"]) for x, e in points] for name, points in ratios.items()},
+        title="most sessions a second, times the baseline",
+        x="members",
+        y="times",
+        y_from_zero=True,
+        intervals={
+            name: [(x, e["low"], e["high"]) for x, e in points if "low" in e]
+            for name, points in ratios.items()
+        },
+    )
+    return {"members": drawn}
+
+
 def _phases(found: Found) -> dict[str, str]:
     near = min(found["loads"], key=lambda part: abs(part["load"] - 0.8))
     return {
@@ -279,11 +305,9 @@ def write_docs(folder: Path, name: str, results: Found) -> list[Path]:
     atomic_write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
     each = results["comparisons"]
     shown = next((found for found in each if found["loads"]), each[0]) if each else None
-    drawn = {
-        f"{name}-{part}.svg": picture
-        for part, picture in (pictures(shown) if shown else {}).items()
-        if part in ("peaks", "goodput", "session-p50", "hits")
-    }
+    made = {**(pictures(shown) if shown else {}), **over_members(results)}
+    wanted = ("members", "peaks", "goodput", "session-p50", "hits")
+    drawn = {f"{name}-{part}.svg": made[part] for part in wanted if part in made}
     for file, picture in drawn.items():
         atomic_write_text(folder / file, picture + "\n")
     atomic_write_text(folder / f"{name}.md", markdown(results, list(drawn)))

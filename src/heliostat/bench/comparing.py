@@ -20,7 +20,7 @@ from heliostat.bench.measured import summary
 from heliostat.bench.records import Run
 from heliostat.bench.seated import Gate, Seated, Timesheet
 from heliostat.bench.stand import Stand
-from heliostat.bench.systems import System
+from heliostat.bench.systems import System, rank
 from heliostat.bench.workloads import Session
 from heliostat.errors import Refused
 from heliostat.files import atomic_write_text, read_json
@@ -106,7 +106,8 @@ class Comparing:
         """What the points that are there allow to be said."""
         it, members = self.it, self.it.load.members
         memory = {system.name: self.stand.bytes(system, members) for system in it.systems}
-        return compared(it, self.kept.found, pages=self.pages[""], memory=memory)
+        found = compared(it, self.kept.found, pages=self.pages[""], memory=memory)
+        return {**found, "adapter_rank": rank(self.stand.config.width)}
 
     def _peaks(self, variant: Variant | None) -> None:
         """In turns, each round beginning with another system."""

@@ -48,7 +48,7 @@ def setting(results: Found) -> str:
     sizes = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in results["weights_bytes"].items())
     return (
         f"Random weights of shape {results['shape']}, one engine, same cores. {told_systems(results['systems'])}. "
-        f"Weights of the largest case: {sizes}."
+        f"Adapters have rank {results['adapter_rank']}. Weights of the largest case: {sizes}."
     )
 
 

@@ -19,7 +19,7 @@ from heliostat.bench.comparing import Kept, Tell
 from heliostat.bench.decode import prompts
 from heliostat.bench.decoded import Case, decoded
 from heliostat.bench.stand import Stand
-from heliostat.bench.systems import System, member_names
+from heliostat.bench.systems import System, member_names, rank
 from heliostat.engine.engine import PAGE_SIZE
 from heliostat.engine.request import Request, Sampling
 from heliostat.files import atomic_write_text
@@ -89,6 +89,7 @@ def run_all(asked: Decoding, folder: Path, *, command: str, tell: Tell) -> dict[
         "what": "decode, several members",
         "stopped": stopped,
         "shape": asked.shape,
+        "adapter_rank": rank(stand.config.width),
         "systems": [system.name for system in asked.systems],
         "weights_bytes": {system.name: stand.bytes(system, most) for system in asked.systems},
         "cases": [

@@ -102,6 +102,18 @@ def _said(results: dict[str, Any], folder: Path) -> None:
     assert "Note: stopped early" in markdown({**results, "stopped": True}, [])
 
 
+def test_several_numbers_of_members_are_one_picture(it: Comparison, tmp_path: Path) -> None:
+    small = replace(it, variants=(), loads=(1.0,), rounds=1, caps=(1,), pilot=0)
+    two = replace(small, load=replace(small.load, members=("m1", "m2")))
+    results = run_all([two, small], tmp_path, command="", tell=Silent())
+    assert [found["members"] for found in results["comparisons"]] == [2, 3]
+    for found in results["comparisons"]:
+        found["peaks"][0]["systems"]["icarus"]["ratio"] = {"value": 2.0, "low": 1.0, "high": 3.0}
+    files = write_docs(tmp_path / "docs", "workflow-members", results)
+    assert "workflow-members-members.svg" in {file.name for file in files}
+    assert "icarus" in (tmp_path / "docs" / "workflow-members-members.svg").read_text()
+
+
 def test_every_system_is_asked_the_same_sessions(
     it: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
