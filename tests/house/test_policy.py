@@ -20,9 +20,19 @@ POLICY = (
     "heliostat.engine.prefixes",
     "heliostat.engine.scheduler",
     "heliostat.engine.batch",
+    "heliostat.bench.autoscaling",
     "heliostat.bench.compared",
     "heliostat.bench.comparison",
     "heliostat.bench.counting",
+    "heliostat.bench.workers",
+    "heliostat.bench.station",
+    "heliostat.bench.sizing",
+    "heliostat.bench.simulator",
+    "heliostat.bench.reckoning",
+    "heliostat.bench.machines",
+    "heliostat.bench.layout",
+    "heliostat.bench.fleet",
+    "heliostat.bench.costs",
     "heliostat.bench.decoded",
     "heliostat.bench.logs",
     "heliostat.bench.measured",
@@ -45,6 +55,7 @@ POLICY = (
     "heliostat.serve.router_costs",
     "heliostat.serve.router_places",
     "heliostat.serve.router_sets",
+    "heliostat.serve.scaling",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

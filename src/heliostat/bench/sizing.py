@@ -38,8 +38,8 @@ class Sized:
     decode: int = 0
     both: int = 0
     """Workers that only prefill, only decode, do both."""
-    goodput: float = 0.0
-    """Share of the requests within both limits."""
+    goodput: float | None = None
+    """Share of the requests within both limits; None, like the times, where nothing was simulated."""
     ttft: float | None = None
     tpot: float | None = None
     """95 of 100 are below, seconds."""
@@ -126,9 +126,7 @@ class Sizing:
                 sharing=self.case.name, split=split, apart=apart, counts={}, how="reckoned", why_not=why
             )
         whole = {name: number or 1 for name, number in counts.items()}
-        return replace(
-            self._sized(pools, whole, split=split, apart=apart), how="reckoned", goodput=float("nan")
-        )
+        return replace(self._sized(pools, whole, split=split, apart=apart), how="reckoned")
 
     def keeps(self, pools: Sequence[Pool], counts: Mapping[str, int]) -> bool:
         """Whether so many workers keep the limits."""
@@ -151,7 +149,8 @@ class Sizing:
         ttft, tpot = _high(run.records, "ttft"), _high(run.records, "tpot")
         return (
             f"no number of workers keeps the limits: alone in an idle service 95 of 100 requests have a TTFT of up "
-            f"to {ttft:.3g} s (limit {self.limits.ttft:g}) and a TPOT of up to {tpot:.3g} s (limit {self.limits.tpot:g})"
+            f"to {_seconds(ttft)} (limit {self.limits.ttft:g}) and a TPOT of up to {_seconds(tpot)} (limit "
+            f"{self.limits.tpot:g})"
         )
 
     def _run(
@@ -241,7 +240,11 @@ class Sizing:
         }
 
 
-def _high(records: Sequence[Record], name: str) -> float:
-    """What 95 of 100 are below."""
+def _high(records: Sequence[Record], name: str) -> float | None:
+    """What 95 of 100 are below; None where nobody has any."""
     found = sorted(value for r in records if (value := getattr(r, name)) is not None)
-    return found[int(0.95 * (len(found) - 1))] if found else float("nan")
+    return found[int(0.95 * (len(found) - 1))] if found else None
+
+
+def _seconds(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g} s"

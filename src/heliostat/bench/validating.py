@@ -175,8 +175,10 @@ def page(points: Sequence[Mapping[str, Any]], birth: Mapping[str, Any], about: M
 
 def _cell(row: Mapping[str, Any], name: str, times: float, digits: int) -> str:
     value, ratio = row["simulated"][name], row["ratio"][name]
-    if value is None or ratio is None:
+    if value is None:
         return "too few"
+    if ratio is None:
+        return f"{times * value:.{digits}f}"
     return f"{times * value:.{digits}f} ({ratio:.2f}x)"
 
 

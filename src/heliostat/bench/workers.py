@@ -158,13 +158,18 @@ def told(found: Found) -> list[list[str]]:
                 str(row["prefill"]),
                 str(row["decode"]),
                 *ratio,
-                f"{1000 * row['tpot']:.1f}",
-                f"{1000 * row['ttft']:.0f}",
-                f"{row['goodput']:.1%}",
+                _said(row["tpot"], 1000, ".1f"),
+                _said(row["ttft"], 1000, ".0f"),
+                _said(row["goodput"], 1, ".1%"),
                 "own workers for each member" if row["apart"] else "every worker hosts all",
             ]
         )
     return lines
+
+
+def _said(value: float | None, times: float, how: str) -> str:
+    """A number, or that there is none: formulas tell workers only."""
+    return "reckoned" if value is None else format(times * value, how)
 
 
 HEADS = (
