@@ -54,6 +54,14 @@ def best_cap(it: Comparison, found: Found, system: str) -> int:
     return max(it.caps, key=lambda cap: found[key(it, TRIED, system, cap)]["sessions_a_second"])
 
 
+def able_caps(it: Comparison, found: Found, rate: float) -> list[int]:
+    """With which the baseline gets through so many sessions a second; where none does, the best one."""
+    able = [
+        cap for cap in it.caps if found[key(it, TRIED, it.baseline.name, cap)]["sessions_a_second"] >= rate
+    ]
+    return able or [best_cap(it, found, it.baseline.name)]
+
+
 def best_pilot(it: Comparison, found: Found, load: float) -> int:
     """With which the baseline kept most limits at a load; of equal ones that with the quickest sessions."""
 
@@ -61,7 +69,7 @@ def best_pilot(it: Comparison, found: Found, load: float) -> int:
         said = found[key(it, PILOTS, load, cap)]["summary"]
         return said["goodput"]["share"]["value"], -said["session"]["p50"]["value"]
 
-    return max(it.caps, key=rating)
+    return max((cap for cap in it.caps if found[key(it, PILOTS, load, cap)]), key=rating)
 
 
 def peak(it: Comparison, found: Found) -> float:

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from heliostat.bench.birth import certificate
-from heliostat.bench.compared import LOADED, PEAK, PILOTS, TRIED, best_cap, best_pilot, compared, key, peak
+from heliostat.bench.compared import (
+    LOADED,
+    PEAK,
+    PILOTS,
+    TRIED,
+    able_caps,
+    best_cap,
+    best_pilot,
+    compared,
+    key,
+    peak,
+)
 from heliostat.bench.comparison import Comparison, Variant
 from heliostat.bench.driving import Passing, drive
 from heliostat.bench.measured import summary
@@ -146,17 +157,25 @@ class Comparing:
         it = self.it
         rate = load * peak(it, self.kept.found)
         if it.pilot:
-            for cap in it.caps:
-                name = key(it, PILOTS, load, cap)
-                self._open(
-                    name, it.baseline, it.sessions(number + 5, rate=rate, how_many=it.pilot), cap, rate
-                )
+            self._pilots(load, number + 5, rate)
         for system in it.systems:
             cap = best_cap(it, self.kept.found, system.name)
             if it.pilot and system is it.baseline:
                 cap = best_pilot(it, self.kept.found, load)
             name = key(it, LOADED, load, system.name)
             self._open(name, system, it.sessions(number, rate=rate), cap, rate)
+
+    def _pilots(self, load: float, number: int, rate: float) -> None:
+        """The baseline with every cap that can carry this load at all: few sessions would not show that it cannot."""
+        it = self.it
+        made = it.sessions(number, rate=rate, how_many=it.pilot)
+        able = able_caps(it, self.kept.found, rate)
+        for cap in it.caps:
+            name = key(it, PILOTS, load, cap)
+            if cap in able:
+                self._open(name, it.baseline, made, cap, rate)
+            else:
+                self.kept.get(name, dict, self.tell)
 
     def _open(self, name: str, system: System, made: Sequence[Session], cap: int, rate: float) -> None:
         def make() -> Mapping[str, Any]:

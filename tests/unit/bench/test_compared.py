@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from heliostat.bench.compared import best_cap, best_pilot, ceiling, key, latency_ratio, paper, peak
+from heliostat.bench.compared import able_caps, best_cap, best_pilot, ceiling, key, latency_ratio, paper, peak
 from heliostat.bench.comparison import LOAD, Comparison
 from heliostat.bench.counting import Counted
 from heliostat.bench.systems import SYSTEMS, member_names
@@ -43,6 +43,17 @@ def test_at_a_load_the_cap_is_chosen_by_goodput_then_by_quick_sessions() -> None
         for cap, point in {2: said(0.9, 5.0), 4: said(0.9, 3.0), 8: said(0.5, 1.0)}.items()
     }
     assert best_pilot(IT, found, 0.8) == 4
+    assert best_pilot(IT, {**found, key(IT, "pilot", 0.8, 4): {}}, 0.8) == 2, "4 was not tried"
+
+
+def test_caps_that_cannot_carry_a_load_are_not_tried_at_it() -> None:
+    found = {
+        key(IT, "tried", "independent", cap): {"sessions_a_second": rate}
+        for cap, rate in {2: 1.0, 4: 3.0, 8: 2.0}.items()
+    }
+    assert able_caps(IT, found, 0.5) == [2, 4, 8]
+    assert able_caps(IT, found, 1.5) == [4, 8]
+    assert able_caps(IT, found, 3.1) == [4], "none can: the best of all"
 
 
 def test_the_peak_is_the_median_of_the_baselines_rounds() -> None:
