@@ -366,3 +366,37 @@ def test_whatever_the_lines_do_answers_are_right_or_there_is_none(
             await made.empty()
 
     run_virtual(work())
+
+
+@pytest.mark.parametrize("name", ["sun-a", "prefillshare-la"])
+def test_where_the_time_went_adds_up_and_who_waited_is_known(
+    name: str, modules: Toys, tokenizer: Tokenizer
+) -> None:
+    """Four long prompts at one worker that reads eight tokens a step, over pages that travel one a step."""
+    engine = make_engine(modules, tokenizer)
+    wish = Sampling(max_tokens=6, ignore_eos=True)
+
+    async def work() -> None:
+        options = {"max_tokens_per_step": 8, "max_running": 8}
+        async with crowd(modules, tokenizer, prefill=1, decode=1, worker=options) as made:
+            made.inside["d0"].core.engine.arrivals.step_bytes = 1
+            jobs = [Job(ROWS[name], tuple(range(10 * n, 10 * n + 33)), wish) for n in range(1, 5)]
+            asked = [made.dispatcher.ask([order_of(job, engine.digests)]) for job in jobs]
+            await asyncio.gather(*(told(one) for one in asked))
+            found = [one.requests[0].timings for one in asked]
+            for timings in found:
+                assert min(timings.values()) >= 0
+                parts = sum(timings.values()) - timings["total"]
+                assert parts == pytest.approx(timings["total"], abs=4 * PACE), timings
+                assert timings["prefill"] >= 2.9 * PACE, "four steps of eight positions"
+                assert timings["transfer"] >= PACE, "several pages, one a step"
+                assert timings["decode"] >= 4.9 * PACE
+            queued = [timings["queue"] for timings in found]
+            assert queued == sorted(queued) and queued[-1] > queued[0] + 10 * PACE
+            metrics = made.dispatcher.metrics.text().decode()
+            for phase in ("queue", "prefill", "transfer", "decode"):
+                lines = [x for x in metrics.splitlines() if x.startswith("heliostat_phase_seconds_sum")]
+                sums = sum(float(x.split()[-1]) for x in lines if f'phase="{phase}"' in x)
+                assert sums >= sum(timings[phase] for timings in found) - 0.2 * (phase == "decode")
+
+    run_virtual(work())

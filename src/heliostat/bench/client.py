@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 
-from heliostat.bench.records import ANSWERED, Record
+from heliostat.bench.records import ANSWERED, PHASES, Record
 from heliostat.errors import Refused
 
 LONGEST_WAIT = 30.0
@@ -148,7 +149,8 @@ class Client:
         asked: dict[str, Any] = {"prompt": list(asking.ids or ())}
         if asking.messages is not None:
             asked = {"messages": list(asking.messages)}
-        extra = {} if self.manner.plain else {"ignore_eos": True, "return_token_ids": True}
+        more = ("ignore_eos", "return_token_ids", "timings")
+        extra = {} if self.manner.plain else dict.fromkeys(more, True)
         return {
             "model": asking.member,
             **asked,
@@ -233,6 +235,15 @@ def _count(usage: Any, record: Record) -> None:
     record.answer_tokens = _number(usage.get("completion_tokens"), record.answer_tokens)
     if isinstance(details, dict):
         record.cached_tokens = _number(details.get("cached_tokens"), record.cached_tokens)
+    record.phases = _phases(usage.get("heliostat_timings")) or record.phases
+
+
+def _phases(timings: Any) -> dict[str, float] | None:
+    """Seconds of the one answer by phase; None where that is not what is there."""
+    first = timings[0] if isinstance(timings, list) and len(timings) == 1 else None
+    found = {name: first.get(name) for name in PHASES} if isinstance(first, dict) else {}
+    known = {n: float(v) for n, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return known if len(known) == len(PHASES) and all(0 <= v < math.inf for v in known.values()) else None
 
 
 def _number(value: Any, otherwise: int | None) -> int | None:

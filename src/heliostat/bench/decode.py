@@ -57,10 +57,10 @@ def shape(name: str) -> dict[str, Any]:
     return {"model_type": "llama", "tie_word_embeddings": True, "rms_norm_eps": 1e-6, **SHAPES[name], **more}
 
 
-def prompts(batch: int, seed: int) -> list[list[int]]:
+def prompts(batch: int, seed: int, length: int = PROMPT) -> list[list[int]]:
     """Random token ids, never the same for two seeds, so that no cache helps."""
     made = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 1000, (batch, PROMPT), generator=made).tolist()
+    return torch.randint(3, 1000, (batch, length), generator=made).tolist()
 
 
 class Ours:

@@ -13,7 +13,7 @@ from typing import Any
 
 from heliostat.bench.counting import PAGE, Counted, cases, count
 from heliostat.bench.logs import Log, Logged, pack
-from heliostat.bench.records import Limits, Record, Run
+from heliostat.bench.records import PHASES, Limits, Record, Run
 from heliostat.bench.statistics import Queue, percentile, queue, ratio
 from heliostat.bench.workloads import POOLS, Session, prompt_ids
 
@@ -58,6 +58,7 @@ def summary(run: Run, limits: Limits) -> dict[str, Any]:
         "hits": _hits(run, answered),
         "by_member": _by_member(due),
         "where": where(answered),
+        "phases": phases(answered),
         "tpot_steps": steps([found for r in answered if (found := r.tpot) is not None]),
         "client": client(run, answered),
     }
@@ -160,6 +161,23 @@ def where(answered: Sequence[Record]) -> dict[str, float]:
         for name, seconds in zip(sums, parts, strict=True):
             sums[name] += seconds
     return {name: seconds / len(answered) for name, seconds in sums.items()}
+
+
+def phases(answered: Sequence[Record]) -> dict[str, Any]:
+    """Seconds of a request as the server tells them apart, of those answers for which it does: means, and medians.
+
+    ``the rest`` is what lies between the two: the way there and back, HTTP, the client.
+    """
+    told = [(r, r.phases, r.sent) for r in answered if r.phases is not None and r.sent is not None]
+    if not told:
+        return {"told": 0}
+    parts: dict[str, list[float]] = {name: [known[name] for _, known, _ in told] for name in PHASES}
+    parts["the rest"] = [max(0.0, r.end - sent - sum(known.values())) for r, known, sent in told]
+    return {
+        "told": len(told),
+        "mean": {name: sum(seconds) / len(told) for name, seconds in parts.items()},
+        "p50": {name: median(seconds) for name, seconds in parts.items()},
+    }
 
 
 def steps(values: Sequence[float], count: int = 100) -> list[list[float]]:

@@ -51,10 +51,36 @@ def _parts(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> lis
             for run in runs
             if run["where"]
         ),
-        "<p>Before the first text lie the way there, the queue and prefill; only the server can tell them apart.</p>",
+        *_phases(runs),
         "<h2>Members</h2>",
         table(*_members(runs), numbers=(2, 3, 4, 5, 6)),
         footer(results["birth"]),
+    ]
+
+
+def _phases(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What only the server can tell apart, where it does."""
+    told = [run for run in runs if run["phases"]["told"]]
+    if not told:
+        return [
+            "<p>Before the first text lie the way there, the queue and prefill. Only the server can tell them apart, "
+            "and this one does not.</p>"
+        ]
+    heads = ["load", "answers", *told[0]["phases"]["p50"]]
+    rows = [
+        [
+            _name(run),
+            str(run["phases"]["told"]),
+            *(f"{1000 * seconds:.3g} ms" for seconds in run["phases"]["p50"].values()),
+        ]
+        for run in told
+    ]
+    return [
+        "<h2>Where the time went, as the server tells</h2>",
+        *(bars(r["phases"]["mean"], title=f"{_name(r)}: mean of a request", unit="s") for r in told),
+        "<p>Medians:</p>",
+        table(heads, rows, numbers=tuple(range(1, len(heads)))),
+        "<p>Where one worker does all, prefill goes up to the first token. The rest is HTTP and the client.</p>",
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.bench.counting import Counted
+from heliostat.bench.fleet import Fleet, Priced
 from heliostat.bench.planning import Plan
 from heliostat.bench.report import footer, page, table
 from heliostat.files import atomic_write_text
@@ -28,7 +29,45 @@ def tables(plan: Plan) -> list[Table]:
         roles = ", ".join(f"{member} {tokens}" for member, tokens in plan.moved.roles.items())
         how = "guessed, tokens" if plan.moved.guessed else "tokens"
         found.append(_counted(plan.moved.counted, f"With each member's instructions last ({how}: {roles})"))
+    if plan.fleet is not None:
+        found.append(_fleet(plan.fleet))
     return found
+
+
+def _fleet(fleet: Fleet) -> Table:
+    heads = [
+        "sharing",
+        "prefill",
+        "decode",
+        "both",
+        "an hour",
+        "1M answer tokens",
+        "TTFT p95",
+        "TPOT p95",
+        "how",
+    ]
+    title = (
+        f"Workers on {fleet.machine} for TTFT {fleet.limits.ttft:g} s and TPOT {fleet.limits.tpot:g} s: "
+        f"{fleet.requests:,} requests in {fleet.seconds:,.0f} s, the busiest of the log"
+    )
+    return title, heads, [_priced(one) for one in fleet.priced]
+
+
+def _priced(one: Priced) -> list[str]:
+    sized = one.sized
+    if not sized.counts:
+        return [sized.sharing, *["-"] * 7, sized.why_not]
+    return [
+        sized.sharing,
+        str(sized.prefill),
+        str(sized.decode),
+        str(sized.both),
+        "no price" if one.per_hour is None else f"{one.per_hour:,.2f}",
+        "no price" if one.per_million is None else f"{one.per_million:,.2f}",
+        "-" if sized.ttft is None else f"{sized.ttft:.2f} s",
+        "-" if sized.tpot is None else f"{1000 * sized.tpot:.1f} ms",
+        f"{sized.how}; {'own workers for members' if sized.apart else 'workers host all'}",
+    ]
 
 
 def _members(plan: Plan) -> Table:
@@ -101,6 +140,8 @@ def write_report(path: Path, plan: Plan, birth: Mapping[str, Any]) -> Path:
         f"<p>{escape(sentence(plan))}.</p>",
         *(f"<p>{escape(note)}</p>" for note in plan.notes),
     ]
+    if plan.fleet is not None:
+        parts.insert(1, f"<p><b>{escape(plan.fleet.verdict)}</b></p>")
     for title, heads, rows in tables(plan):
         parts += [f"<h2>{escape(title)}</h2>", table(heads, rows)]
     if plan.counted:
@@ -130,5 +171,5 @@ def _explained() -> str:
     return (
         "<p>Counted page by page with every page kept for ever: no cache finds more, a small one finds less. "
         "<i>kept</i>: keys and values there in the end; <i>peak in flight</i>: the most that requests held at once; "
-        "<i>batch</i>: mean requests that one pass of decoding answers. Seconds, machines and money are not told.</p>"
+        "<i>batch</i>: mean requests that one pass of decoding answers. Workers, where they are told, are simulated.</p>"
     )

@@ -1,6 +1,6 @@
 """Whether a family would be worth it for a log: what is shared, how busy who is, what each sharing saves as counted.
 
-No torch, and no cost model: tokens and requests are counted, not seconds and not money.
+No torch. Tokens and requests are counted here; seconds, workers and money are ``fleet``'s, where a machine is named.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from heliostat.bench.counting import PAGE, Case, Counted, cases, count
+from heliostat.bench.fleet import Fleet
 from heliostat.bench.logs import Log, Logged
 from heliostat.bench.parting import Moved, Pair, moved, pairs
 
@@ -70,6 +71,8 @@ class Plan:
     moved: Moved | None
     verdict: str
     notes: tuple[str, ...]
+    fleet: Fleet | None = None
+    """Workers and money, where a machine was named."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in plain values."""

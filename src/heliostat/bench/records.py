@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from heliostat.errors import Refused
 
 ANSWERED = "answered"
+PHASES = ("queue", "prefill", "transfer", "decode")
+"""What a server may tell apart of a request's seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Record:
     """As the server counts; ``cached_tokens`` and ``answer_tokens`` alike. None where it does not tell."""
     cached_tokens: int | None = None
     answer_tokens: int | None = None
+    phases: dict[str, float] | None = None
+    """Seconds of queue, prefill, transfer and decode, as a server tells that can tell them apart."""
     chunks: int = 0
     """Chunks that held text, or token ids."""
     moments: int = 0

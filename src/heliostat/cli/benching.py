@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import typer
 
+from heliostat.cli.comparing import decode, workflow
 from heliostat.cli.measuring import client, replay
+from heliostat.cli.sizing import workers
 from heliostat.cli.stepping import train
 
 bench = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Measure training here, or a server under load, side by side.",
+    help="Measure training, ways of sharing or a server, side by side.",
 )
 bench.command("train")(train)
 bench.command("client")(client)
 bench.command("replay")(replay)
+bench.command("workers")(workers)
+bench.command("workflow")(workflow)
+bench.command("decode")(decode)

@@ -65,14 +65,18 @@ def options_of(
     *,
     without: Collection[str] = (),
     spelled: Mapping[str, tuple[Any, str]] | None = None,
+    like: object | None = None,
 ) -> Iterator[inspect.Parameter]:
-    """An option for every field of a dataclass, but those ``without``; ``spelled``: (type, metavar) of some."""
+    """An option for every field of a dataclass, but those ``without``; ``spelled``: (type, metavar) of some.
+
+    ``like``: an instance whose values are the defaults that are shown.
+    """
     kinds, docs = get_type_hints(facts), attribute_docs(facts)
     for field in dataclasses.fields(facts):
         if field.name in without:
             continue
-        unset = field.default in (dataclasses.MISSING, None, ())
-        default = None if unset else _shown(field.default)
+        usual = field.default if like is None else getattr(like, field.name)
+        default = None if usual in (dataclasses.MISSING, None, ()) else _shown(usual)
         kind, metavar = (spelled or {}).get(field.name, (kinds[field.name], None))
         told = docs.get(field.name, "").replace("``", "")
         yield _option(field.name, kind, help=told, default=default, metavar=metavar)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heliostat.cli.printing import Json, note, print_json, print_table
+from heliostat.errors import Refused
 
 if TYPE_CHECKING:
     from heliostat.bench.counting import Case
+    from heliostat.bench.layout import Machine
     from heliostat.bench.logs import Log, Tokenize
 
 
@@ -29,18 +31,47 @@ def plan(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines that are no request.")
     ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help="A GPU: workers and cost are told, as simulated.", show_default=False)
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a table of python -m heliostat.bench.steps.", show_default=False),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of one worker for an hour, in any currency.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="1b, 3b, 8b, 70b or a config.json; the family's base.", show_default=False),
+    ] = None,
+    ttft: Annotated[float, typer.Option(help="Limit, seconds.")] = 2.0,
+    tpot: Annotated[float, typer.Option(help="Limit, seconds.")] = 0.05,
+    stretch: Annotated[int, typer.Option(min=2, help="Requests of the log that are simulated.")] = 1_000,
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.json and report.html.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Counts what prompts have in common, within and across members, and what each sharing would save of it."""
+    from dataclasses import replace
+
+    from heliostat.bench.fleet import fleet
     from heliostat.bench.logs import read_log
     from heliostat.bench.plan_page import sentence, tables
     from heliostat.bench.planning import plan as look
+    from heliostat.bench.records import Limits
 
     log = read_log(logs, tokenize=_tokenizer(family), skip_bad=skip_bad)
-    found = look(log, own=_rows(family, log), size=page_tokens)
+    own = _rows(family, log)
+    found = look(log, own=own, size=page_tokens)
+    if gpu is not None or costs is not None:
+        machine, assumed = _machine(gpu, costs, model, family)
+        limits = Limits(ttft=ttft, tpot=tpot)
+        sized = fleet(log, machine, limits, price=price, own=own, stretch=stretch)
+        found = replace(found, fleet=sized, notes=(*found.notes, assumed))
+    elif price is not None or model is not None:
+        raise Refused("--price and --model say nothing without a machine: give --gpu, or --costs")
     if out is not None:
         _write(out, found)
     if as_json:
@@ -51,6 +82,8 @@ def plan(
     for line in found.notes:
         note(f"note: {line}")
     print(found.verdict)
+    if found.fleet is not None:
+        print(found.fleet.verdict)
     if out is not None:
         print(f"report: {out / 'report.html'}")
 
@@ -66,6 +99,33 @@ def _tokenizer(family: Path | None) -> Tokenize | None:
         return tokenizer.plain_prompt_ids(asked) if isinstance(asked, str) else tokenizer.prompt_ids(asked)
 
     return ids
+
+
+def _machine(
+    gpu: str | None, costs: Path | None, model: str | None, family: Path | None
+) -> tuple[Machine, str]:
+    """What a worker runs on, and what is assumed of it."""
+    from heliostat.bench.costs import read_costs
+    from heliostat.bench.machines import assumptions, machine, measured_machine, model_named
+    from heliostat.family import BASE
+    from heliostat.model.config import read_config
+
+    if costs is not None:
+        if gpu is not None or model is not None:
+            raise Refused("--costs is of a machine and a model: leave out --gpu and --model, or --costs")
+        return measured_machine(
+            read_costs(costs)
+        ), f"steps take as long as {costs} says; memory is not reckoned"
+    assert gpu is not None
+    if model is None and family is not None:
+        from heliostat.build import config_of, read_family
+
+        config = config_of(family, read_family(family), BASE)
+    elif model is not None and Path(model).exists():
+        config = read_config(Path(model) if Path(model).is_dir() else Path(model).parent)
+    else:
+        config = model_named(model or "8b")
+    return machine(gpu, config), assumptions()
 
 
 def _rows(family: Path | None, log: Log) -> Case | None:

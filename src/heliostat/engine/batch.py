@@ -94,7 +94,7 @@ def passes_of(step: Step, modules: Mapping[str, Run], *, page_size: int) -> list
 
     ``modules`` says how each module runs. Whoever only speaks comes with or after who writes.
     """
-    order = _order(step.chunks, modules)
+    order = order_of(step.chunks, modules)
     spans: dict[tuple[int, str], list[_Span]] = {(0, weights): [] for weights in order}
     for chunk in step.chunks:
         writer = modules[chunk.writer]
@@ -110,7 +110,7 @@ def passes_of(step: Step, modules: Mapping[str, Run], *, page_size: int) -> list
     return [_pass(weights, found, page_size) for (_, weights), found in rounds]
 
 
-def _order(chunks: Sequence[Chunk], modules: Mapping[str, Run]) -> dict[str, int]:
+def order_of(chunks: Sequence[Chunk], modules: Mapping[str, Run]) -> dict[str, int]:
     """The weights that write, numbered so that those who must speak for others come late."""
     writing = dict.fromkeys(modules[chunk.writer][0] for chunk in chunks)
     visits = Counter(

@@ -25,11 +25,6 @@ def whole(adapter: str | None) -> Route:
     return ((adapter, 0, None),)
 
 
-def bare(route: Route | None) -> bool:
-    """Whether no row wears an adapter."""
-    return route is None or all(adapter is None for adapter, _, _ in route)
-
-
 class LowRank(nn.Module):
     """One adapter: x -> scale * B A x, with A [r, in] random and B [out, r] zero at the start (LoRA, arXiv 2106.09685)."""
 
@@ -166,6 +161,13 @@ def put_part(model: nn.Module, path: str, name: str, part: Part) -> None:
     if isinstance(old := module.part(name), Columns):
         old.lift(module.inner)
     module.adapters[_key(name)] = part.to(module.weight.device)
+    changed(model)
+
+
+def changed(model: nn.Module) -> None:
+    """Adapters were put on or taken off: what was gathered of them is forgotten."""
+    if (wardrobe := getattr(model, "wardrobe", None)) is not None:
+        wardrobe.forget()
 
 
 def adapted_at(model: nn.Module, path: str) -> AdaptedLinear:
@@ -203,6 +205,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         if isinstance(part, Columns):
             part.lift(module.inner)
         del module.adapters[_key(name)]
+    changed(model)
 
 
 def _key(name: str) -> str:

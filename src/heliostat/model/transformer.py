@@ -6,6 +6,7 @@ Parameter names are Hugging Face's, so a checkpoint loads as it is. Shapes: ``..
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heliostat.linear.joined import Joined
-from heliostat.linear.lora import Linear, Route, bare, plain_linear
+from heliostat.linear.lora import Linear, Route, plain_linear
+from heliostat.linear.worn import Wardrobe
 from heliostat.model.config import ModelConfig
 from heliostat.ops import native
 from heliostat.ops.gate import gated
-from heliostat.ops.native.blocks import Blocks, weights_of
+from heliostat.ops.native.blocks import LINEARS, Blocks, weights_of
 from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 
@@ -159,6 +161,11 @@ class Block(nn.Module):
         x = checkpoint(attended, x, use_reentrant=False) if on.attention or on.written else attended(x)
         return checkpoint(fed, x, use_reentrant=False) if on.mlp else fed(x)
 
+    def linears(self) -> Iterator[tuple[nn.Module, str]]:
+        """(parent, name) of each Linear, in the kernel's order."""
+        for name in LINEARS:
+            yield self.self_attn if hasattr(self.self_attn, name) else self.mlp, name
+
     def weights(self) -> dict[str, Tensor | None]:
         """Of a joined block, for ``Blocks``."""
         attention, mlp = self.self_attn, self.mlp
@@ -198,7 +205,8 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpointing = False
         self.at_once: Blocks | None = None
-        """All blocks in one call, for passes without adapters over pages (``join``); the loop is its twin."""
+        """All blocks in one call, for passes over pages (``join``); the loop is its twin."""
+        self.wardrobe = Wardrobe()
         self.model = Decoder(config)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
@@ -227,9 +235,11 @@ class Transformer(nn.Module):
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
-        if self.at_once is not None and laid is not None and bare(route) and self.at_once.serves(x, laid):
-            self.at_once(x, angles, laid)
-            return self.model.norm(x)
+        if self.at_once is not None and laid is not None and self.at_once.serves(x, laid):
+            worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0])
+            if worn is not None:
+                self.at_once(x, angles, laid, worn)
+                return self.model.norm(x)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
             x = block(x, angles, attend, route, tape[layer] if tape else BOTH, again)
@@ -244,6 +254,10 @@ class Transformer(nn.Module):
         if native.built() and self.device.type == "cpu" and self.at_once is None:
             weights = [block.weights() for block in self.blocks]
             self.at_once = Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps)
+
+    def _linears(self) -> list[nn.Module]:
+        """Those of all blocks that may wear adapters, in the kernel's order."""
+        return [getattr(part, name) for block in self.blocks for part, name in block.linears()]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., E]."""

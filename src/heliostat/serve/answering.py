@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from heliostat.errors import Refused
 from heliostat.serve.service import Job
-from heliostat.serve.speaking import usage_of
+from heliostat.serve.speaking import Told, usage_of
 from heliostat.serve.trouble import Trouble, trouble_of
 
 T = TypeVar("T")
@@ -44,8 +44,10 @@ async def whole(job: Job) -> dict[str, Any]:
         async for place, said in job.asked.pieces():
             job.voices[place].hear(said)
         await job.service.remember(job)
-        choices = [job.shape.choice(place, voice.whole) for place, voice in enumerate(job.voices)]
-        return {**_head(job, job.shape.whole_object), "choices": choices, "usage": _usage(job)}
+        found = _head(job, job.shape.whole_object) | {"choices": [], "usage": _usage(job)}
+        for place, voice in enumerate(job.voices):
+            _tell(job, place, voice.whole, job.shape.choice(place, voice.whole), found)
+        return found
     finally:
         job.finish()
 
@@ -61,7 +63,8 @@ async def events(job: Job) -> AsyncGenerator[bytes, None]:
             told = job.voices[place].hear(said)
             if told is None:
                 continue
-            chunk = {**head, "choices": [job.shape.chunk(place, told)]}
+            chunk = {**head, "choices": []}
+            _tell(job, place, told, job.shape.chunk(place, told), chunk)
             if asked or always:
                 chunk["usage"] = _usage(job) if always else None
             yield event(chunk)
@@ -92,8 +95,20 @@ def _head(job: Job, name: str) -> dict[str, Any]:
     }
 
 
+def _tell(job: Job, place: int, told: Told, choice: dict[str, Any], found: dict[str, Any]) -> None:
+    """Put a choice into what goes out; with token ids where they were asked for, those of the prompt once."""
+    found["choices"].append(choice)
+    if not job.asking.return_token_ids:
+        return
+    choice["token_ids"] = list(told.ids)
+    if told.first:
+        top = found if job.shape.prompt_on_top else choice
+        top["prompt_token_ids"] = list(job.asked.requests[place].prompt)
+
+
 def _usage(job: Job) -> Mapping[str, Any]:
-    return usage_of(job.asked.requests, choices=job.asking.choices)
+    asking = job.asking
+    return usage_of(job.asked.requests, choices=asking.choices, timings=bool(asking.timings))
 
 
 class EventStream(Response):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from heliostat.engine.request import Sampling
 from heliostat.serve.trouble import Trouble, unsupported
@@ -106,6 +106,16 @@ class Asking(Loose):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
+    return_token_ids: bool | None = False
+    timings: bool | None = False
+
+    @model_validator(mode="after")
+    def _timings_have_a_place(self) -> Self:
+        options = self.stream_options
+        if self.timings and self.stream and not (options and options.include_usage):
+            text = "timings are told with the usage: ask for stream_options.include_usage, or for no stream"
+            raise Trouble(400, text, "timings")
+        return self
 
     @property
     def choices(self) -> int:

@@ -189,8 +189,10 @@ class Dispatcher:
 
     async def _attempt(self, open_: Open, shunned: dict[str, None]) -> Failed | None:
         """Ask workers once; None: it has been answered to its end."""
-        order = open_.attempt(asyncio.get_running_loop().time())
+        clock = asyncio.get_running_loop().time
+        order = open_.attempt(began := clock())
         route = await self._queue.place(open_, Wish(order, self.page_size), shunned)
+        open_.placed(clock() - began)
         attempt = Attempt(order, route)
         try:
             failed = await self._run(open_, attempt)
@@ -205,8 +207,8 @@ class Dispatcher:
             raise
         finally:
             self.router.ended(order.id, open_.answer if open_.ended else ())
-            self.metrics.decoded(open_, route.decode, asyncio.get_running_loop().time())
-            open_.decoding = None
+            self.metrics.decoded(open_, route.decode, clock())
+            open_.left()
             self._queue.changed()
 
     async def _run(self, open_: Open, attempt: Attempt) -> Failed | None:
@@ -274,6 +276,7 @@ class Dispatcher:
                 open_.note(said.spent)
                 self.metrics.prefilled(open_, said.spent, attempt.route.decode)
             else:
+                open_.moved(said.spent)
                 self.metrics.moved(open_, said.spent, attempt.route.decode)
         self._queue.changed()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from msgspec.structs import replace
 
@@ -14,6 +14,20 @@ from heliostat.serve.router import Route
 from heliostat.serve.trouble import Trouble
 
 Found = tuple[int, Said] | Trouble | Refused
+
+
+@dataclass(slots=True)
+class Phases:
+    """Seconds of a request by what it waited for, over all its attempts; the rest is the way between processes."""
+
+    queue: float = 0.0
+    """For a worker, and at each for its turn."""
+    prefill: float = 0.0
+    """From its turn until its prompt was run; where one worker does all, until its first token."""
+    transfer: float = 0.0
+    """From its turn at who decodes until its pages were there; steps for others in between are part of it."""
+    decode: float = 0.0
+    """After that, to its last token. Who is preempted waits here, too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +48,12 @@ class Open:
     tries: int = 0
     waits_for: str = ""
     """Why no worker has it; empty where one has."""
+    placing: float = 0.0
+    """Seconds for which the latest attempt waited for a worker."""
     decoding: float | None = None
     """When the first token came from who decodes it now."""
+    phases: Phases = field(default_factory=Phases)
+    """Up to ``decoding``."""
     last: float | None = None
     """When the latest token came."""
     ended: bool = False
@@ -73,10 +91,39 @@ class Open:
         self.last, self.preemptions = now, max(self.preemptions, said.preemptions)
         self.asked.inbox.put_nowait((self.place, said))
 
+    def placed(self, seconds: float) -> None:
+        """A worker was found for the latest attempt."""
+        self.placing = seconds
+        self.phases.queue += seconds
+
     def note(self, spent: Spent) -> None:
         """What its prompt took; who asks again later finds its own pages, which nobody else's request left there."""
+        self.phases.queue += spent.waited
+        self.phases.prefill += spent.ran
         if self.tries <= 1:
             self.cached_tokens = max(self.cached_tokens, spent.cached)
+
+    def moved(self, spent: Spent) -> None:
+        """What its pages' way to who decodes took, and its first token there."""
+        self.phases.queue += spent.waited
+        self.phases.transfer += spent.arriving
+        self.phases.decode += spent.ran - spent.arriving
+
+    def left(self) -> None:
+        """Nobody decodes it any more."""
+        self.phases.decode = self._decode
+        self.decoding = None
+
+    @property
+    def _decode(self) -> float:
+        since = self.decoding if self.last is None else self.last
+        return self.phases.decode + (0.0 if self.decoding is None or since is None else since - self.decoding)
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by phase as they are now, and from when it came in to its latest token as ``total``."""
+        total = 0.0 if self.last is None else self.last - self.began
+        return {**asdict(self.phases), "decode": self._decode, "total": total}
 
 
 @dataclass(slots=True, eq=False)

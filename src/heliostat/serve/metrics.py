@@ -81,12 +81,13 @@ class Metrics:
 
     def prefilled(self, request: Open, spent: Spent, worker: str) -> None:
         """Its prompt was run."""
-        self._phase("queue", request, worker, spent.waited)
+        self._phase("queue", request, worker, request.placing + spent.waited)
         self._phase("prefill", request, worker, spent.ran)
 
     def moved(self, request: Open, spent: Spent, worker: str) -> None:
         """Its pages came to another worker."""
-        self._phase("transfer", request, worker, spent.moving)
+        self._phase("queue", request, worker, spent.waited)
+        self._phase("transfer", request, worker, spent.arriving)
         self.bytes.labels(request.member, worker).inc(spent.bytes)
 
     def decoded(self, request: Open, worker: str, now: float) -> None:

@@ -133,6 +133,8 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int = 0
     """Bytes of pages that were brought in; ``moving``: seconds that this took."""
     moving: float = 0.0
+    arriving: float = 0.0
+    """Of ``ran``, the seconds until these pages were all here: steps for others in between are part of it."""
 
 
 class Said(msgspec.Struct, frozen=True, tag=True):

@@ -35,7 +35,7 @@ class Line:
     def at(self, units: float) -> float:
         """Seconds for so many units; both parts of the line are at least 0."""
         spread = self._xx - self._x * self._x
-        through_origin = self._y / self._x if self._x else 0.0
+        through_origin = self._y / self._x if self._xx else 0.0
         if spread <= 1e-9 * self._xx:  # all alike: no more is known
             slope = through_origin
         else:

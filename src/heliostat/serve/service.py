@@ -224,7 +224,8 @@ class Service:
         caller: Callable[[], Caller],
     ) -> Job:
         asked = self.dispatcher.ask(orders)
-        voices = [Voice(caller(), self.tokenizer.eos_ids) for _ in orders]
+        every = bool(asking.return_token_ids)
+        voices = [Voice(caller(), self.tokenizer.eos_ids, every) for _ in orders]
         name = orders[0].id.rpartition("/")[0]
         return Job(name, asking, version, shape, asked, voices, int(time.time()), self)
 

@@ -20,6 +20,9 @@ class Told:
     calls: tuple[tuple[int, Call], ...]
     """(place among the choice's calls, call)."""
     tokens: tuple[Sampled, ...]
+    """Those that are text."""
+    ids: tuple[int, ...]
+    """All that were chosen, the end token too."""
     reason: str | None
     offset: int
     """Characters told before."""
@@ -33,15 +36,20 @@ class Voice:
     caller: Caller
     ends: Sequence[int]
     """Token ids that are the end of an answer, and no part of it."""
+    every: bool = False
+    """Whether each token is told when it is there, also where its text is still held back."""
     text: str = ""
     reason: str | None = None
     tokens: list[Sampled] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     _untold: list[Sampled] = field(default_factory=list)
+    _told: int = 0
     _began: bool = False
 
     def hear(self, said: Said) -> Told | None:
         """What can be told after one more token; None where it says nothing yet."""
         sampled, last = said.sampled, said.finish is not None
+        self.ids.append(sampled.token)
         if not (last and sampled.token in self.ends):
             self._untold.append(sampled)
         before = len(self.caller.calls)
@@ -49,10 +57,18 @@ class Voice:
         self.reason = said.finish
         if self.reason == "stop" and self.caller.calls:
             self.reason = "tool_calls"
-        if not (text or calls or last):
+        if not (text or calls or last or self.every):
             return None
-        numbered = tuple(enumerate(calls, before))
-        told = Told(text, numbered, tuple(self._untold), self.reason, len(self.text), not self._began)
+        told = Told(
+            text=text,
+            calls=tuple(enumerate(calls, before)),
+            tokens=tuple(self._untold),
+            ids=tuple(self.ids[self._told :]),
+            reason=self.reason,
+            offset=len(self.text),
+            first=not self._began,
+        )
+        self._told = len(self.ids)
         self.text += text
         self.tokens += self._untold
         self._untold, self._began = [], True
@@ -61,7 +77,15 @@ class Voice:
     @property
     def whole(self) -> Told:
         """All that was told, at once."""
-        return Told(self.text, tuple(enumerate(self.caller.calls)), tuple(self.tokens), self.reason, 0, True)
+        return Told(
+            text=self.text,
+            calls=tuple(enumerate(self.caller.calls)),
+            tokens=tuple(self.tokens),
+            ids=tuple(self.ids),
+            reason=self.reason,
+            offset=0,
+            first=True,
+        )
 
 
 class Shape(Protocol):
@@ -77,6 +101,10 @@ class Shape(Protocol):
 
     @property
     def chunk_object(self) -> str: ...
+
+    @property
+    def prompt_on_top(self) -> bool:
+        """Whether a prompt's ids stand beside the choices, as there is one prompt; else in each choice."""
 
     def choice(self, index: int, told: Told) -> dict[str, Any]:
         """A choice of a whole answer."""
@@ -94,6 +122,7 @@ class ChatShape:
     prefix: str = "chatcmpl-"
     whole_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
+    prompt_on_top: bool = True
 
     def choice(self, index: int, told: Told) -> dict[str, Any]:
         """With a message."""
@@ -135,6 +164,7 @@ class TextShape:
     prefix: str = "cmpl-"
     whole_object: str = "text_completion"
     chunk_object: str = "text_completion"
+    prompt_on_top: bool = False
 
     def choice(self, index: int, told: Told) -> dict[str, Any]:
         """With a text."""
@@ -166,8 +196,8 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage_of(requests: Sequence[Open], *, choices: int) -> Mapping[str, Any]:
-    """Tokens so far. A prompt counts once, however many choices it has."""
+def usage_of(requests: Sequence[Open], *, choices: int, timings: bool = False) -> Mapping[str, Any]:
+    """Tokens so far. A prompt counts once, however many choices it has. ``timings``: with the seconds of each answer."""
     firsts = requests[::choices]
     prompt = sum(len(request.prompt) for request in firsts)
     answer = sum(len(request.answer) for request in requests)
@@ -176,4 +206,5 @@ def usage_of(requests: Sequence[Open], *, choices: int) -> Mapping[str, Any]:
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
         "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in firsts)},
+        **({"heliostat_timings": [request.timings for request in requests]} if timings else {}),
     }

@@ -51,6 +51,8 @@ class _Open:
     """When the lease of the pages that it fetches is over."""
     began: float | None = None
     """When it was admitted first."""
+    arrived: float | None = None
+    """When all pages that it fetches were here."""
     spoke: bool = False
 
     @property
@@ -71,6 +73,7 @@ class _Open:
             cached=min(request.cached_tokens, len(request.prompt)),
             bytes=0 if fetch is None else fetch.bytes,
             moving=0.0 if fetch is None else fetch.seconds,
+            arriving=0.0 if fetch is None or self.arrived is None else max(0.0, self.arrived - began),
         )
 
 
@@ -95,6 +98,7 @@ class Core:
         self._pace = Pace()
         self._open: dict[str, _Open] = {}
         self._waiting: dict[str, _Open] = {}  # those that no step had yet
+        self._arriving: dict[str, _Open] = {}  # those that were admitted, and fetch
         self._due: list[tuple[float, int, str | Handle]] = []  # an order's id, or a handle that was lent
         self._numbers = itertools.count()
         self._tidied = -math.inf
@@ -239,13 +243,13 @@ class Core:
     def fail_all(self, code: Code, why: str) -> list[Event]:
         """Every open order ends so."""
         gone = list(self._open)
-        self._open.clear()
-        self._waiting.clear()
+        for them in (self._open, self._waiting, self._arriving):
+            them.clear()
         return [no(order, code, why) for order in gone]
 
     def _forget(self, order_id: str) -> None:
-        self._open.pop(order_id, None)
-        self._waiting.pop(order_id, None)
+        for them in (self._open, self._waiting, self._arriving):
+            them.pop(order_id, None)
 
     # ---- time
 
@@ -295,11 +299,21 @@ class Core:
             return self.fail_all("engine_failed", self.failure)
         now = clock()
         self._pace.note(self.engine.latest, now - began)
+        self._note_progress(began, now)
+        return [event for piece in pieces if (event := self._event(piece, now)) is not None]
+
+    def _note_progress(self, began: float, now: float) -> None:
+        """After a step from ``began`` to ``now``: who was admitted in it, and whose pages are all here."""
         for order, opened in list(self._waiting.items()):
             if opened.request.state is not State.WAITING or opened.request.preemptions:
                 opened.began = began
                 del self._waiting[order]
-        return [event for piece in pieces if (event := self._event(piece, now)) is not None]
+                if opened.fetch is not None:
+                    self._arriving[order] = opened
+        for order, opened in list(self._arriving.items()):
+            if not opened.request.arriving:
+                opened.arrived = now if opened.fetch and opened.fetch.bytes else opened.began
+                del self._arriving[order]
 
     def _event(self, piece: Piece, now: float) -> Event | None:
         request, reason = piece.request, piece.finish_reason

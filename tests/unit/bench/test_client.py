@@ -200,3 +200,22 @@ def test_members_are_those_that_the_server_lists() -> None:
             return await client.members()
 
     assert asyncio.run(work()) == ["a", "base"]
+
+
+def test_phases_are_believed_where_they_are_whole() -> None:
+    def told(timings: Any) -> dict[str, float] | None:
+        end = {**usage(3, 2), "usage": {"heliostat_timings": timings}}
+        return asked(saying(HEAD, event(chunk("a")), event(LAST), event(end), event(b"[DONE]")))[0].phases
+
+    phases: dict[str, Any] = {"queue": 0.5, "prefill": 1, "transfer": 0.0, "decode": 2.0}
+    assert told([{**phases, "total": 4.0}]) == phases
+    for strange in (
+        [phases, phases],
+        [{**phases, "queue": -1}],
+        [{**phases, "decode": None}],
+        "soon",
+        [3],
+        None,
+    ):
+        assert told(strange) is None
+    assert told([{**phases, "queue": float("inf")}]) is None

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from heliostat.bench.measured import ceilings, steps, summary, where
+from heliostat.bench.measured_page import _phases
 from heliostat.bench.records import Limits, Record, Run
 from heliostat.bench.workloads import Lengths, Load, sessions
 
@@ -142,3 +143,18 @@ def test_most_there_is_to_hit() -> None:
     assert found["prefillshare"]["hit_ratio"] == pytest.approx((64 + 80) / (80 + 96 + 128))
     pools = found["icarus"]["pools"]
     assert pools["roomy"] == 4 * pools["even"] == 8 * pools["tight"] == 4 * found["icarus"]["session_tokens"]
+
+
+def test_phases_are_those_of_the_server_and_the_rest_is_the_clients() -> None:
+    told = {"queue": 0.25, "prefill": 0.5, "transfer": 0.25, "decode": 0.75}
+    found = summary(ran([record(0, phases=told), record(1, phases=told), record(2)]), LIMITS)["phases"]
+    assert found["told"] == 2
+    assert found["mean"] == found["p50"] == {**told, "the rest": 0.25}
+    assert summary(ran([record(0)]), LIMITS)["phases"] == {"told": 0}
+
+
+def test_the_page_tells_phases_apart_where_the_server_does() -> None:
+    told = {"queue": 0.25, "prefill": 0.5, "transfer": 0.25, "decode": 0.75}
+    known = [{**summary(ran([record(n, phases=p) for n in range(3)]), LIMITS)} for p in (told, None)]
+    assert "as the server tells" in "".join(_phases(known)) and "250 ms" in "".join(_phases(known))
+    assert "this one does not" in "".join(_phases(known[1:]))

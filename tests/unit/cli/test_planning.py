@@ -63,3 +63,51 @@ def test_what_is_no_log_is_refused(heliostat: Heliostat, tmp_path: Path) -> None
     path = log(tmp_path, [{"hello": 1}])
     assert "line 1: lacks 'time'" in heliostat("plan", "--logs", path, status=2).stderr
     assert "no request" in heliostat("plan", "--logs", path, "--skip-bad", status=2).stderr
+
+
+def asked(count: int) -> list[dict[str, Any]]:
+    """Requests with lengths, five a second, of two members."""
+    return [
+        {"time": n / 5, "member": "ab"[n % 2], "prompt_tokens": 300, "answer_tokens": 30}
+        for n in range(count)
+    ]
+
+
+def test_workers_and_cost_on_a_gpu(heliostat: Heliostat, tmp_path: Path) -> None:
+    path, out = log(tmp_path, asked(24)), tmp_path / "out"
+    said = heliostat(
+        "plan", "--logs", path, "--gpu", "h100-80", "--price", 2.5, "--model", "1b", "--out", out
+    )
+    assert "Workers on h100-80" in said.stdout and "assumed, not measured" in said.stderr
+    fleet = json.loads((out / "results.json").read_text(encoding="utf-8"))["fleet"]
+    apart = fleet["priced"][0]
+    workers = sum(apart["sized"][role] for role in ("prefill", "decode", "both"))
+    assert fleet["machine"] == "h100-80" and workers >= 1 and apart["per_hour"] == 2.5 * workers
+    assert fleet["verdict"] in said.stdout and "Workers on h100-80" in (out / "report.html").read_text()
+
+
+def test_workers_by_measured_costs(heliostat: Heliostat, tmp_path: Path) -> None:
+    from heliostat.bench.costs import PARTS, Fitted
+
+    about = {"shape": "24M", "threads": 1, "page_bytes": 1024}
+    table = tmp_path / "costs.json"
+    table.write_text(json.dumps(Fitted(dict.fromkeys(PARTS, 1e-4), about=about).to_json()), encoding="utf-8")
+    path = log(tmp_path, asked(12))
+    said = heliostat("plan", "--logs", path, "--costs", table)
+    assert "Workers on 24M as measured here, 1 thread" in said.stdout and "do not switch" in said.stdout
+    both = heliostat("plan", "--logs", path, "--costs", table, "--gpu", "h100-80", status=2)
+    assert "leave out --gpu" in both.stderr
+
+
+def test_what_cannot_be_planned_is_told(heliostat: Heliostat, tmp_path: Path) -> None:
+    path = log(tmp_path, asked(4))
+    assert "there is: a100-80" in heliostat("plan", "--logs", path, "--gpu", "b200", status=2).stderr
+    poor = heliostat("plan", "--logs", path, "--gpu", "l40s-48", "--price", -1, status=2)
+    assert "price is -1.0" in poor.stderr
+    large = heliostat("plan", "--logs", path, "--gpu", "l40s-48", "--model", "70b", status=2)
+    assert "takes 141 GB" in large.stderr
+    assert "give --gpu, or --costs" in heliostat("plan", "--logs", path, "--price", 1, status=2).stderr
+    without = log(tmp_path, [{"time": n, "member": "a", "prompt_tokens": 9} for n in range(3)])
+    assert (
+        "how long answers were" in heliostat("plan", "--logs", without, "--gpu", "l40s-48", status=2).stderr
+    )

@@ -1,13 +1,17 @@
 """All blocks in one call of the kernels against the transformer's own loop: architectures, number formats, threads."""
 
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 from torch import nn
 
 from heliostat.engine.paged import Paged, PagePool
-from heliostat.linear.lora import adapter_of, add_adapter
+from heliostat.errors import Refused
+from heliostat.linear.choice import add_columns
+from heliostat.linear.lora import Route, adapter_of, add_adapter, remove_adapter, whole
+from heliostat.linear.paca import columns_of, settle
 from heliostat.model.config import parse_config
 from heliostat.model.transformer import Transformer
 from heliostat.ops import native
@@ -26,6 +30,7 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 ROWS, PAGE = 21, 4
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def model_of(kind: str, dtype: torch.dtype) -> Transformer:
@@ -82,15 +87,86 @@ def test_a_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_rows_with_adapters_go_through_the_loop() -> None:
-    model = model_of("llama", torch.float32)
-    add_adapter(model, "one", r=2, alpha=4, targets=["q_proj", "down_proj"])
+def adapted(kind: str, dtype: torch.dtype, *, r: int = 2) -> Transformer:
+    """Two low-rank adapters on different Linears, and tuned columns."""
+    model = model_of(kind, dtype)
+    for name, targets in (("one", ALL), ("two", ("q_proj", "down_proj"))):
+        add_adapter(model, name, r=r if name == "one" else 2 * r, alpha=4, targets=targets)
+        for part in adapter_of(model, name).values():
+            nn.init.normal_(part.a, std=0.2)
+            nn.init.normal_(part.b, std=0.2)
+    add_columns(model, "columns", r=6, targets=ALL, seed=3)
+    for columns in columns_of(model, "columns").values():
+        nn.init.normal_(columns.delta, std=0.2)
+    return model.to(dtype).requires_grad_(False)
+
+
+@torch.inference_mode()
+def worn(model: Transformer, route: Route, *, laid: bool) -> torch.Tensor:
+    return model(torch.arange(ROWS), torch.arange(ROWS), seam_of(model, laid=laid), route)
+
+
+MIXED: Route = ((None, 0, 3), ("columns", 3, 5), ("one", 5, 6), ("two", 6, ROWS))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("r", [3, 8, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.12)])
+def test_adapters_at_once_are_the_loop(kind: str, r: int, dtype: torch.dtype, tolerance: float) -> None:
+    model = adapted(kind, dtype, r=r)
+    bare = worn(model, ((None, 0, ROWS),), laid=True)
+    routes: list[Route] = [MIXED, *(((name, 0, ROWS),) for name in ("one", "two", "columns")), whole("one")]
+    for route in routes:
+        at_once, loop = (worn(model, route, laid=laid).float() for laid in (True, False))
+        assert model.wardrobe(route, model._linears, dtype, rows=ROWS), "it did not go through the loop"
+        torch.testing.assert_close(at_once, loop, rtol=tolerance, atol=tolerance)
+        assert not torch.allclose(at_once[-1], bare[-1].float(), atol=0.05)
+    assert torch.equal(worn(model, MIXED, laid=True)[:3], bare[:3]), "who wears nothing is not touched"
+
+
+def test_a_number_of_threads_changes_no_bit_of_rows_with_adapters() -> None:
+    model, threads, found = adapted("llama", torch.bfloat16), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(worn(model, MIXED, laid=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_adapters_that_come_go_or_change_are_as_they_are_now() -> None:
+    model = adapted("llama", torch.float32)
+    route: Route = (("one", 0, ROWS),)
+
+    def same() -> torch.Tensor:
+        at_once, loop = (worn(model, route, laid=laid) for laid in (True, False))
+        torch.testing.assert_close(at_once, loop, rtol=1e-4, atol=1e-4)
+        return at_once
+
+    first = same()
+    for part in adapter_of(model, "one").values():
+        part.b.data = 2 * part.b.data  # in another place
+    second = same()
+    remove_adapter(model, "one")
+    gone = same()
+    add_adapter(model, "one", r=4, alpha=4, targets=["k_proj"])
     for part in adapter_of(model, "one").values():
         nn.init.normal_(part.b)
-    ids, positions = torch.arange(ROWS), torch.arange(ROWS)
-    with torch.inference_mode():
-        worn, bare, loop = (
-            model(ids, positions, seam_of(model, laid=laid), ((name, 0, ROWS),))
-            for name, laid in (("one", True), (None, True), ("one", False))
-        )
-    assert torch.equal(worn, loop) and not torch.allclose(worn, bare)
+    model.requires_grad_(False)
+    found = [first, second, gone, same()]
+    assert not any(torch.allclose(one, two) for one, two in combinations(found, 2))
+    assert torch.equal(gone, worn(model, ((None, 0, ROWS),), laid=True))
+
+
+def test_what_the_kernels_cannot_read_goes_through_the_loop() -> None:
+    model = adapted("llama", torch.bfloat16)
+    for part in adapter_of(model, "one").values():
+        part.float()
+    assert model.wardrobe((("one", 0, 2),), model._linears, torch.bfloat16, rows=2) is None
+    assert torch.equal(*(worn(model, (("one", 0, ROWS),), laid=laid) for laid in (True, False)))
+    assert model.wardrobe((("columns", 0, None),), model._linears, torch.bfloat16, rows=2)
+    settle(model, "columns")
+    assert model.wardrobe((("columns", 0, None),), model._linears, torch.bfloat16, rows=2) is None
+    with pytest.raises(Refused, match="lift them first"):
+        worn(model, MIXED, laid=True)

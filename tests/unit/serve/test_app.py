@@ -363,3 +363,72 @@ def test_a_request_past_its_deadline_ends_with_an_error(serving: Serving) -> Non
             assert await served.held() == 0
 
     run(work())
+
+
+def ids_of(events: list[Any], index: int = 0) -> list[int]:
+    """The token ids of a choice, as its chunks tell them."""
+    chunks = [choice for event in events[:-1] for choice in event["choices"] if choice["index"] == index]
+    return [token for choice in chunks for token in choice["token_ids"]]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"n": 3, "temperature": 1.5, "seed": 3},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"stop": "STOP"},
+        {"max_tokens": 40, "ignore_eos": False},
+    ],
+    ids=["plain", "choices", "penalties", "stop", "end"],
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_token_ids_are_what_was_said(serving: Serving, more: dict[str, Any], chat: bool) -> None:
+    async def work() -> None:
+        async with serving() as served:
+            path = "/v1/chat/completions" if chat else "/v1/completions"
+            asked: dict[str, Any] = {"model": "plan", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            asked |= {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "add 1"}
+            whole = await served.post(path, **(asked | more | {"stop": None}))
+            text = whole["choices"][0]["message"]["content"] if chat else whole["choices"][0]["text"]
+            asked |= more | ({"stop": text[3:5]} if "stop" in more else {}) | {"return_token_ids": True}
+            reply = await served.post(path, **asked)
+            events = await served.stream(path, **asked)
+            sizes = 0
+            for choice in reply["choices"]:
+                ids = choice["token_ids"]
+                assert ids_of(events, choice["index"]) == ids, "a stream tells the same"
+                assert text_of(events, choice["index"]) == (
+                    choice["message"]["content"] if chat else choice["text"]
+                )
+                said = served.service.tokenizer.decode(ids, skip_special=True)
+                assert said.startswith(text_of(events, choice["index"]).rstrip("\ufffd"))
+                sizes += len(ids)
+            assert sizes == reply["usage"]["completion_tokens"], "the end token is one of them"
+            body = {"messages": asked["messages"]} if chat else {"prompt": asked["prompt"]}
+            prompt = (await served.post("/tokenize", model="plan", **body))["tokens"]
+            for found in (reply, events[0]):
+                where = found if chat else found["choices"][0]
+                assert where["prompt_token_ids"] == prompt
+            later = [e for e in events[:-1] if e["choices"][0]["index"] == 0][1:]
+            assert all("prompt_token_ids" not in e | e["choices"][0] for e in later), "told once"
+            plain = await served.post(path, **(asked | {"return_token_ids": False}))
+            assert "token_ids" not in plain["choices"][0] and "prompt_token_ids" not in plain
+
+    run(work())
+
+
+def test_timings_are_told_only_to_who_asks(serving: Serving) -> None:
+    async def work() -> None:
+        async with serving() as served:
+            usage = (await served.chat(timings=True, n=2))["usage"]
+            for timings in usage["heliostat_timings"]:
+                parts = [timings[name] for name in ("queue", "prefill", "transfer", "decode")]
+                assert parts[2] == 0.0 and min(parts) >= 0 and 0 < sum(parts) <= timings["total"] * 1.5
+            assert "heliostat_timings" not in (await served.chat())["usage"]
+            events = await served.stream(timings=True, stream_options={"include_usage": True})
+            assert len(events[-2]["usage"]["heliostat_timings"]) == 1
+            nowhere = {"timings": True, "stream": True}
+            assert "include_usage" in (await served.chat(status=400, **nowhere))["error"]["message"]
+
+    run(work())

@@ -20,8 +20,10 @@ def request(prompt: int = 4, answer: int = 2, cached: int = 0) -> Open:
     return Open(order, Asked(), 0, 0.0, None, answer=[7] * answer, cached_tokens=cached)
 
 
-def heard(*pieces: tuple[str, int, Finish | None], listening: bool = False) -> tuple[Voice, list[Any]]:
-    voice = Voice(Caller(listening), [END])
+def heard(
+    *pieces: tuple[str, int, Finish | None], listening: bool = False, every: bool = False
+) -> tuple[Voice, list[Any]]:
+    voice = Voice(Caller(listening), [END], every)
     found = [
         voice.hear(Said("r", number, Sampled(token, -1.0), text, end))
         for number, (text, token, end) in enumerate(pieces)
@@ -64,3 +66,21 @@ def test_usage_counts_a_prompt_once() -> None:
 
 def test_json_has_no_infinity() -> None:
     assert finite(float("-inf")) == -9999.0 and finite(-0.5) == -0.5
+
+
+def test_ids_are_all_that_was_chosen_and_each_can_be_told_at_once() -> None:
+    pieces: tuple[tuple[str, int, Finish | None], ...] = (("", 7, None), ("ü", 8, None), ("", END, "stop"))
+    voice, (nothing, told, last) = heard(*pieces)
+    assert nothing is None and told.ids == (7, 8) and last.ids == (END,)
+    every, each = heard(*pieces, every=True)
+    assert [told.ids for told in each] == [(7,), (8,), (END,)] and [told.first for told in each] == [1, 0, 0]
+    assert voice.whole.ids == every.whole.ids == (7, 8, END) and voice.whole.text == every.whole.text == "ü"
+
+
+def test_timings_are_told_of_each_answer_and_only_where_asked() -> None:
+    assert "heliostat_timings" not in usage_of([request()], choices=1)
+    one, other = request(), request()
+    one.phases.queue, other.began, other.last = 2.0, 1.0, 4.0
+    first, second = usage_of([one, other], choices=2, timings=True)["heliostat_timings"]
+    assert first == {"queue": 2.0, "prefill": 0.0, "transfer": 0.0, "decode": 0.0, "total": 0.0}
+    assert second["total"] == 3.0

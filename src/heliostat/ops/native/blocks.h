@@ -7,6 +7,7 @@
 #include "pages.h"
 #include "products.h"
 #include "rows.h"
+#include "worn.h"
 
 namespace {
 
@@ -34,6 +35,8 @@ struct Blocks {
   const int64_t *write_rows, *write_slots;
   int64_t writes;
   Entries entries;
+  const Worn<T>* worn;  // [adapters]: who wears which; rows that wear none are in none of them
+  int64_t adapters, ranks;  // the highest rank
   float eps;
 
   int64_t qkv_width() const { return (shape.heads + 2 * shape.kv_heads) * shape.head_width; }
@@ -41,6 +44,17 @@ struct Blocks {
   void product(const T* from, const T* w, const T* bias, const T* residual, T* out, int64_t outputs,
                int64_t inputs) const {
     Product<T>{from, inputs, w, bias, residual, out, rows, outputs, inputs}.run();
+  }
+
+  static constexpr int64_t LINEARS = 7;  // of a block that may wear adapters: q, k, v, o, gate, up, down
+
+  // What adapters add to a product of `linears` joined Linears, the first of which is `first`.
+  void wear(int64_t layer, int64_t first, const T* from, int64_t inputs, T* out, int64_t out_width,
+            const int64_t* outputs, int64_t linears) const {
+    if (!adapters) return;
+    T* narrow = room + rows * (shape.width + qkv_width() + shape.heads * shape.head_width + 3 * shape.mlp_width);
+    Wearing<T>{worn, adapters, layer * LINEARS + first, from, inputs, narrow, ranks, out, out_width, outputs, linears}
+        .run();
   }
 
   // Head norms where there are any, then rotation, of all heads of queries and keys.
@@ -65,6 +79,8 @@ struct Blocks {
 
     rms_norm(x, own.input_norm, normed, rows, shape.width, eps);
     product(normed, own.qkv, own.qkv_bias, nullptr, qkv, qkv_width(), shape.width);
+    const int64_t qkv_parts[] = {q_width, kv_width, kv_width}, mlp_parts[] = {f, f};
+    wear(layer, 0, normed, shape.width, qkv, qkv_width(), qkv_parts, 3);
     turn(qkv, own);
     write_pages(qkv + q_width, qkv + q_width + kv_width, qkv_width(), qkv_width(), write_rows, write_slots, writes, k, v,
                 kv_width);
@@ -72,11 +88,14 @@ struct Blocks {
                  1.0f / __builtin_sqrtf(static_cast<float>(d))}
         .run(tasks);
     product(said, own.o, own.o_bias, x, x, shape.width, q_width);
+    wear(layer, 3, said, q_width, x, shape.width, &shape.width, 1);
 
     rms_norm(x, own.post_norm, normed, rows, shape.width, eps);
     product(normed, own.gate_up, own.gate_up_bias, nullptr, wide, 2 * f, shape.width);
+    wear(layer, 4, normed, shape.width, wide, 2 * f, mlp_parts, 2);
     gated(wide, narrow, rows, f);
     product(narrow, own.down, own.down_bias, x, x, shape.width, f);
+    wear(layer, 6, narrow, f, x, shape.width, &shape.width, 1);
   }
 
   void run() const {

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from heliostat.ops import native
@@ -26,12 +27,30 @@ PARTS = (
 )
 """The weights of a block in the kernel's order: products of one input joined, norms of heads and biases where there are."""
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The Linears of a block that may wear adapters, in the kernel's order."""
+
+JOINED = 3
+"""Most Linears that have one input."""
+
 KEPT = 64
 """Rows up to which the room of a call is kept for the next: decode steps, not prompts."""
 
 
 class _Weights(ctypes.Structure):
     _fields_ = [(part, ctypes.c_void_p) for part in PARTS]
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "columns", "b")),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Worn(ctypes.Structure):
+    _fields_ = [("parts", ctypes.c_void_p), ("start", ctypes.c_int64), ("stop", ctypes.c_int64)]
 
 
 class _Shape(ctypes.Structure):
@@ -59,6 +78,8 @@ class _Blocks(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("write_rows", "write_slots")),
         ("writes", ctypes.c_int64),
         ("entries", native.Entries),
+        ("worn", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("adapters", "ranks")),
         ("eps", ctypes.c_float),
     ]
 
@@ -72,6 +93,60 @@ class Laid:
     writes: Tensor  # [W] rows of the pass that write, int64
     slots: Tensor  # [W] where to: page * S + place, int64
     entries: native.Ragged
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What an adapter adds to a Linear: ``scale`` times b a x, or b x[columns]."""
+
+    a: Tensor | None  # [R, I]
+    columns: Tensor | None  # [R] int64, where there is no a
+    b: Tensor  # [O, R]
+    scale: float = 1.0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those there are."""
+        return [part for part in (self.a, self.columns, self.b) if part is not None]
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether the kernel can read it."""
+        return all(
+            part.dtype == (torch.long if part is self.columns else dtype)
+            and part.is_contiguous()
+            and part.device.type == "cpu"
+            for part in self.tensors
+        )
+
+
+class Dress:
+    """One adapter on all blocks of a model, as the kernel reads it."""
+
+    def __init__(self, parts: Sequence[Added | None]) -> None:
+        """``parts``: for each layer one for each of LINEARS, or None where it does not sit."""
+        self._tensors = [tensor for part in parts if part is not None for tensor in part.tensors]
+        self._known = self._addresses()
+        self._at = (_Part * len(parts))(*(_part(part) for part in parts))
+        self.at, self.rank = ctypes.addressof(self._at), max((p.b.shape[1] for p in parts if p), default=0)
+
+    def _addresses(self) -> tuple[int, ...]:
+        return tuple(map(Tensor.data_ptr, self._tensors))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether all of it still lies where it did."""
+        return self._addresses() == self._known
+
+
+def _part(part: Added | None) -> _Part:
+    if part is None:
+        return _Part()
+    at = [None if own is None else own.data_ptr() for own in (part.a, part.columns, part.b)]
+    return _Part(*at, part.b.shape[1], part.scale)
+
+
+Worn = Sequence[tuple[Dress, int, int]]
+"""(adapter, start, stop): which rows wear what; the others nothing."""
 
 
 class Blocks:
@@ -94,18 +169,21 @@ class Blocks:
         """Whether this can run: rows x [T, E] and pages of the weights' number format, no gradient wanted."""
         return native.attends(laid.keys) and x.dim() == 2 and x.dtype == laid.keys.dtype == self._room.dtype
 
-    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], laid: Laid) -> None:
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], laid: Laid, worn: Worn = ()) -> None:
         """x [T, E] (contiguous, changed in place) through all blocks; ``angles``: cos and sin [T, 1, D]."""
         rows, room = x.shape[0], self._room
-        if room.numel() < rows * self._numbers:
-            room = x.new_empty(rows * self._numbers)
+        ranks = max((dress.rank for dress, _, _ in worn), default=0)
+        if room.numel() < rows * (self._numbers + JOINED * ranks):
+            room = x.new_empty(rows * (self._numbers + JOINED * ranks))
             if rows <= KEPT:
                 self._room = room
         pages, slots = laid.keys.shape[1:3]
         shape = _Shape(*self._sizes, slots, pages * slots * self._sizes[3] * self._sizes[4])
         parts = (x, room, *angles, laid.keys, laid.values, laid.writes, laid.slots)
         at = [part.data_ptr() for part in parts]
-        asked = (laid.writes.numel(), laid.entries.laid(), self._eps)
+        wearing = (_Worn * len(worn))(*((dress.at, start, stop) for dress, start, stop in worn))
+        adapters = (ctypes.addressof(wearing), len(worn), ranks)
+        asked = (laid.writes.numel(), laid.entries.laid(), *adapters, self._eps)
         native.run_blocks(x, _Blocks(shape, ctypes.addressof(self._at), rows, *at, *asked))
 
 

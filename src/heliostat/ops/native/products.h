@@ -27,17 +27,21 @@ struct Product {
   const T *w, *bias, *residual;  // [outputs, width], [outputs] or null, [batch, outputs] or null
   T* out;                        // [batch, outputs]; may be the residual itself
   int64_t batch, outputs, width;
+  int64_t out_stride = outputs;  // numbers between rows of out and residual
+  float scale = 1;               // of what was multiplied, not of bias and residual
 
   void settle(int64_t b, int64_t n, float y) const {
+    y *= scale;
     if (bias) y += to_float(bias[n]);
-    if (residual) y += to_float(residual[b * outputs + n]);
-    put(out + b * outputs + n, y);
+    if (residual) y += to_float(residual[b * out_stride + n]);
+    put(out + b * out_stride + n, y);
   }
 
   void settle(int64_t b, int64_t n, f32v y, __mmask16 mask) const {
+    y = _mm512_mul_ps(y, _mm512_set1_ps(scale));
     if (bias) y = _mm512_add_ps(y, load(bias + n, mask));
-    if (residual) y = _mm512_add_ps(y, load(residual + b * outputs + n, mask));
-    store(out + b * outputs + n, y, mask);
+    if (residual) y = _mm512_add_ps(y, load(residual + b * out_stride + n, mask));
+    store(out + b * out_stride + n, y, mask);
   }
 
   // 32 rows of w are turned over first, so that their numbers at one place of x lie side by side: then nothing is left

@@ -1,0 +1,137 @@
+"""The README's table of what was measured: each number is taken from a results file, and a test holds the two equal.
+
+``python -m heliostat.bench.readme`` writes it. A new result is a new ``Line`` in LINES; one whose file is not there yet is
+left out. No torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import Refused
+from heliostat.files import atomic_write_text
+
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+HEADS = ("what", "measured", "where")
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of a results file: keys and places that lead to it, joined by '/'."""
+
+    path: str
+    over: str = ""
+    """Where it is divided by another."""
+    show: str = "{:.1f}x"
+
+    def text(self, results: Any) -> str:
+        """As the README shows it. Raises Refused where the file has no such number."""
+        value = number(results, self.path)
+        return self.show.format(value / number(results, self.over) if self.over else value)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A row: ``says`` has a name in braces for each of ``figures``."""
+
+    what: str
+    says: str
+    file: str
+    """Name of the results file and of its page, without ending."""
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+
+    def cells(self, folder: Path) -> list[str]:
+        """Of the table."""
+        results = json.loads((folder / f"{self.file}.json").read_text(encoding="utf-8"))
+        shown = {name: figure.text(results) for name, figure in self.figures.items()}
+        return [self.what, self.says.format(**shown), f"[{self.file}](docs/results/{self.file}.md)"]
+
+
+def number(results: Any, path: str) -> float:
+    """What stands at the end of a path through lists and objects."""
+    found = results
+    for step in path.split("/"):
+        try:
+            found = found[int(step)] if isinstance(found, list) else found[step]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise Refused(
+                f"the results have nothing at {step!r} of {path!r}: measure again, or mend LINES"
+            ) from None
+    if not isinstance(found, int | float) or isinstance(found, bool):
+        raise Refused(f"the results have no number at {path!r}: {found!r}")
+    return found
+
+
+def beside(peer: str) -> dict[str, Figure]:
+    """The engine at 100 million parameters beside another: decoding at three batch sizes, prompts at two lengths."""
+    own, theirs = "found/100M/heliostat", f"found/100M/{peer}"
+    return {
+        **{f"b{b}": Figure(f"{theirs}/decode/{b}", f"{own}/decode/{b}") for b in (1, 8, 32)},
+        **{f"p{n}": Figure(f"{theirs}/prefill/{n}", f"{own}/prefill/{n}") for n in (128, 2048)},
+    }
+
+
+SPEED = "decodes {b1}, {b8}, {b32} as fast at batch 1, 8, 32; reads prompts of 128 and 2048 tokens {p128}, {p2048}"
+"""Of the engine beside another."""
+
+
+def _two_rows() -> dict[str, Figure]:
+    """Places of batches 1, 8, 32 among those of bench/profile."""
+    places = {1: 0, 8: 2, 32: 4}
+    rows = "shapes/100M/decode"
+    return {
+        **{f"two{b}": Figure(f"{rows}/{n}/icarus", f"{rows}/{n}/base", "{:.2f}x") for b, n in places.items()},
+        **{
+            f"own{b}": Figure(f"{rows}/{n}/multilora", f"{rows}/{n}/base", "{:.2f}x")
+            for b, n in places.items()
+        },
+        "loop": Figure(f"{rows}/2/icarus_loop", f"{rows}/2/icarus"),
+    }
+
+
+LINES: Sequence[Line] = (
+    Line("the engine beside transformers' `generate`, 100M", SPEED, "engine", beside("transformers")),
+    Line("the engine beside vLLM on CPU, 100M", SPEED, "engine", beside("vllm")),
+    Line("the engine beside OpenVINO GenAI, 100M", SPEED, "engine", beside("openvino")),
+    Line(
+        "a step with a writer's and a speaker's row, beside one row, 100M",
+        "takes {two1}, {two8}, {two32} as long at batch 1, 8, 32; an adapter for each of 8 members, one row: "
+        "{own1}, {own8}, {own32}",
+        "profile",
+        _two_rows(),
+    ),
+)
+
+
+def table(folder: Path, lines: Sequence[Line] = LINES) -> list[str]:
+    """In Markdown, of those lines whose files are there."""
+    rows = [line.cells(folder) for line in lines if (folder / f"{line.file}.json").is_file()]
+    return [f"| {' | '.join(cells)} |" for cells in (HEADS, ["---"] * len(HEADS), *rows)]
+
+
+def written(readme: str, folder: Path, lines: Sequence[Line] = LINES) -> str:
+    """The README with its table as the files have it now. Raises Refused where it has no place for one."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise Refused(f"the README has no {BEGIN} ... {END}")
+    return before + "\n".join([BEGIN, *table(folder, lines), END]) + after
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Write the table into the README."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    asked = parser.parse_args(given)
+    text = asked.readme.read_text(encoding="utf-8")
+    atomic_write_text(asked.readme, written(text, asked.docs))
+
+
+if __name__ == "__main__":
+    main()
