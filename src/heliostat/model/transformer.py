@@ -6,6 +6,7 @@ Parameter names are Hugging Face's, so a checkpoint loads as it is. Shapes: ``..
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from heliostat.linear.joined import Joined
 from heliostat.linear.lora import Linear, Route, bare, plain_linear
+from heliostat.model.alpha import Weighing
 from heliostat.model.config import ModelConfig
 from heliostat.ops import native
 from heliostat.ops.gate import gated
+from heliostat.ops.mixing import Mix
 from heliostat.ops.native.blocks import Blocks, weights_of
 from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
@@ -27,8 +30,8 @@ from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 class Attend(Protocol):
     """The seam: everything that knows where keys and values live."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [..., H, D], k and v [..., K, D] (rotated) -> attention output [..., H, D]."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mix: Mix = ..., /) -> Tensor:
+        """q [..., H, D], k and v [..., K, D] (rotated) -> attention output [..., H, D], mixed as ``mix`` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(Weighing):
     """Grouped-query attention: projections, optional head norms, rotation; the seam does the rest."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config)
         width, d = config.width, config.head_width
         self.layer, self.head_width = layer, d
         self.joined: Joined | None = None
@@ -88,19 +91,25 @@ class Attention(nn.Module):
         route: Route | None,
         on: Branches = BOTH,
     ) -> Tensor:
-        q, k, v = map(self._heads, self._projected(x, route, on))
+        q, k, v, *gates = self._projected(x, route, on)
+        q, k, v = map(self._heads, (q, k, v))
         # Norms run as everything around them: without a tape another kernel would round otherwise.
         q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)  # [..., H, D], [..., K, D]
         with _taping(on.attention):
-            return self.o_proj(attend(self.layer, q, k, v).flatten(-2), route)
+            said = (
+                attend(self.layer, q, k, v)
+                if self.kind.plain
+                else attend(self.layer, q, k, v, self.mix(gates))
+            )
+            return self.o_proj(said.flatten(-2), route)
 
     def _projected(self, x: Tensor, route: Route | None, on: Branches) -> tuple[Tensor, ...]:
         if self.joined is not None:
             return self.joined(self, x, route).split(self.joined.sizes, dim=-1)
         with _taping(on.attention):
-            q = self.q_proj(x, route)
+            q, gates = self.q_proj(x, route), [getattr(self, name)(x, route) for name in self.gates]
         with _taping(on.attention or on.written):
-            return q, self.k_proj(x, route), self.v_proj(x, route)
+            return q, self.k_proj(x, route), self.v_proj(x, route), *gates
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
@@ -154,10 +163,16 @@ class Block(nn.Module):
         if not again:
             return fed(attended(x))
         if on.attention and on.mlp:
-            return checkpoint(lambda x: fed(attended(x)), x, use_reentrant=False)
+            return self._twice(lambda x: fed(attended(x)), x)
         # A branch without a tape keeps nothing and need not be run twice.
-        x = checkpoint(attended, x, use_reentrant=False) if on.attention or on.written else attended(x)
-        return checkpoint(fed, x, use_reentrant=False) if on.mlp else fed(x)
+        x = self._twice(attended, x) if on.attention or on.written else attended(x)
+        return self._twice(fed, x) if on.mlp else fed(x)
+
+    def _twice(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Once now and once more in the backward pass, when nobody counts what was counted."""
+        again = self.self_attn.uncounted()
+        made: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        return made
 
     def weights(self) -> dict[str, Tensor | None]:
         """Of a joined block, for ``Blocks``."""
@@ -239,7 +254,8 @@ class Transformer(nn.Module):
         """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added."""
         for block in self.blocks:
             attention, mlp = block.self_attn, block.mlp
-            attention.joined = attention.joined or Joined(attention, ("q_proj", "k_proj", "v_proj"))
+            sides = ("q_proj", "k_proj", "v_proj", *attention.gates)
+            attention.joined = attention.joined or Joined(attention, sides)
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
         if native.built() and self.device.type == "cpu" and self.at_once is None:
             weights = [block.weights() for block in self.blocks]
