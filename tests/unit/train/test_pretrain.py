@@ -18,7 +18,8 @@ from heliostat.model.seam import Causal
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import read_tensors, weight_files
 from heliostat.train.loop import Interrupted
-from heliostat.train.pretrain import Pretrained, new_model, paragraphs, pretrain
+from heliostat.train.pretrain import Pretrained, new_model, pretrain
+from heliostat.train.pretrain_text import paragraphs
 from heliostat.train.pretrain_recipe import PretrainRecipe
 from heliostat.train.watch import Silent
 
@@ -175,7 +176,7 @@ def test_an_output_that_exists_is_not_written_over(texts: tuple[str, str], tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"good until h\xe9re", "data.txt is not UTF-8: byte at position 12"),
+        (b"good until h\xe9re", "data.txt:1: not UTF-8: byte 0xe9 at position 12"),
         (b"", "data.txt holds no text"),
         (b" \n\n \n", "data.txt holds no text"),
         (None, "data.txt is missing"),
