@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from heliostat.ops.attention import attention
-from heliostat.ops.mixing import Mix, Prefix, masked_sums
-
-NOTHING = Mix()
-"""Softmax attention as everybody has it."""
+from heliostat.ops.mixing import NOTHING, Mix, Prefix, masked_sums
 
 KeyValues = dict[int, tuple[Tensor, Tensor]]
 """Keys and values by layer, each [B, T, K, D]."""

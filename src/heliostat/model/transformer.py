@@ -22,7 +22,7 @@ from heliostat.model.config import ModelConfig
 from heliostat.ops import native
 from heliostat.ops.gate import gated
 from heliostat.ops.mixing import Mix
-from heliostat.ops.native.blocks import Blocks, weights_of
+from heliostat.ops.native.blocks import Blocks, Extras, weights_of
 from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 
@@ -192,6 +192,8 @@ class Block(nn.Module):
             gate_up_bias=mlp.joined.bias,
             down=down.weight,
             down_bias=down.bias,
+            sinks=getattr(attention, "sinks", None),
+            average=getattr(attention, "alpha_ma", None),
         )
 
 
@@ -258,8 +260,10 @@ class Transformer(nn.Module):
             attention.joined = attention.joined or Joined(attention, sides)
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
         if native.built() and self.device.type == "cpu" and self.at_once is None:
-            weights = [block.weights() for block in self.blocks]
-            self.at_once = Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps)
+            weights, kind = [block.weights() for block in self.blocks], self.config.attention
+            extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
+            heads, eps = self.config.heads, self.config.norm_eps
+            self.at_once = Blocks(weights, heads=heads, eps=eps, extras=extras)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., E]."""

@@ -47,6 +47,10 @@ class Mix:
         return out.to(said.dtype)
 
 
+NOTHING = Mix()
+"""Softmax attention as everybody has it."""
+
+
 class Prefix:
     """Sums over every position's own and all before it in its document, without a sum of one ever touching another."""
 
