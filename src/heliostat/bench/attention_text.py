@@ -23,7 +23,7 @@ HELD_OUT = 16
 """One file of so many of Python's documentation is held out, and one more for the report."""
 SHORTEST = 400
 """Characters of documentation below which a file is left out: most have a line or two."""
-LOOKED_AT = 4_000
+LOOKED_AT = 2_500
 """Characters of each held-out text that are read: many texts say more than a few long ones."""
 _TITLE = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)
 _LEFT_OUT = frozenset(

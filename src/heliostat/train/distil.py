@@ -24,7 +24,6 @@ from heliostat.model.weights import (
     read_tensors,
     weight_files,
 )
-from heliostat.train.objective import divergence
 
 NOT_TEXT = "chat template"
 """Of a tokenizer's parts the one that plain text never meets."""
@@ -45,6 +44,13 @@ class Teacher:
         own = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
         apart = divergence(taught / self.temperature, logits / self.temperature)
         return (1 - self.weight) * own + self.weight * self.temperature**2 * apart
+
+
+def divergence(taught: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence (nats) from teacher to learner, both logits [N, V], summed over N."""
+    return torch.nn.functional.kl_div(
+        logits.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True
+    )
 
 
 def load_teacher(

@@ -19,8 +19,8 @@ from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import read_tensors, weight_files
 from heliostat.train.loop import Interrupted
 from heliostat.train.pretrain import Pretrained, new_model, pretrain
-from heliostat.train.pretrain_text import paragraphs
 from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.pretrain_text import paragraphs
 from heliostat.train.watch import Silent
 
 SUMS = "\n\n".join(f"{a} and {b} is {a + b}" for a in range(12) for b in range(5))
