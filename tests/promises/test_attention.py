@@ -6,6 +6,7 @@ The reference keeps no sums: it adds up the values that each query sees, whoever
 import copy
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,23 @@ from typing import Any
 import pytest
 import torch
 
-from heliostat.build import Loaded
+from heliostat.build import Loaded, init_family, read_family
+from heliostat.check import check_family
 from heliostat.clock import run_virtual
 from heliostat.engine.request import Sampling
-from heliostat.model.config import read_config
+from heliostat.errors import Refused
+from heliostat.export import export_member, import_member
+from heliostat.llm import LLM
+from heliostat.model.alpha import Weighing
+from heliostat.model.config import config_json, read_config
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.weights import load_transformer, save_checkpoint, state_of
+from heliostat.model.weights import load_transformer, read_tensors, save_checkpoint, state_of, weight_files
 from heliostat.ops import native
+from heliostat.train.recipe import Recipe
+from heliostat.train.spellings import make_recipe
+from heliostat.train.tune import tune
+from heliostat.train.watch import Silent
+from tests.conftest import SHARED
 from tests.promises.crews import crowd, make_worker, order_of
 from tests.promises.test_disaggregation import everyone, jobs_of
 from tests.promises.test_graphs import recording
@@ -214,7 +225,7 @@ def test_sums_follow_what_both_writers_wrote(
 def test_training_gives_every_answer_token_the_chance_that_serving_gives(
     kind: str, name: str, modules_of: Callable[[str], dict[str, Loaded]], tokenizer: Tokenizer
 ) -> None:
-    for examples in (EXAMPLES["padded"], EXAMPLES["turns"]):
+    for examples in (EXAMPLES["padded"], EXAMPLES["turns"])[: 1 + (kind == "affine")]:
         trained = by_place(examples, ROWS[name], modules_of(kind))
         said = served(examples, ROWS[name], modules_of(kind), tokenizer)
         assert trained.keys() == said.keys()
@@ -223,23 +234,25 @@ def test_training_gives_every_answer_token_the_chance_that_serving_gives(
 
 
 def test_gradients_reach_the_writer_through_the_sums(modules_of: Callable[[str], dict[str, Loaded]]) -> None:
-    """With queries and keys of no weight, the speaker's loss moves the writer's values; alpha's average stays."""
-    modules = {n: copy.deepcopy(modules_of("affine")[n]) for n in ("a", "base")}
-    before = copy.deepcopy(state_of(modules["a"].model))
-    once = gradients(EXAMPLES["padded"], ROWS["sun-a"], modules, "a", again=False)
-    twice = gradients(EXAMPLES["padded"], ROWS["sun-a"], modules, "a", again=True)
-    for one, two in zip(once, twice, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    after = state_of(modules["a"].model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    """Where the speaker's alpha is 0, only sums are left of what it reads: the writer's values learn, its keys do not."""
+    modules = {n: copy.deepcopy(modules_of("constant")[n]) for n in ("a", "base")}
+
+    def silent(self: Weighing, found: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.zeros_like(self.alpha_ma)
+
+    for again in (False, True):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Weighing, "_alpha", silent)
+            _, slopes = gradients(EXAMPLES["one turn"], ROWS["sun-a"], modules, "a", again=again)
+        last = "model.layers.1.self_attn."
+        assert slopes[f"{last}v_proj.weight"].abs().max() > 1e-4
+        assert not slopes[f"{last}k_proj.weight"].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_is_loaded(kind: str, base_of: Callable[[str], Path], tmp_path: Path) -> None:
     folder = base_of(kind)
     config = read_config(folder)
-    from heliostat.model.config import config_json
-
     model = load_transformer(folder, config, dtype=torch.bfloat16)
     save_checkpoint(tmp_path / "again", state_of(model), config_json(config))
     assert read_config(tmp_path / "again") == config
@@ -249,3 +262,53 @@ def test_saved_is_loaded(kind: str, base_of: Callable[[str], Path], tmp_path: Pa
     averages = [tensor for name, tensor in state.items() if name.endswith("alpha_ma")]
     assert len(averages) == (config.layers if config.attention.affine else 0)
     assert all(average.dtype is torch.float32 for average in averages)
+
+
+@pytest.fixture(scope="module")
+def family(base_of: Callable[[str], Path], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family on an affine and gated base, with a member of each sharing, of all tuners."""
+    folder = tmp_path_factory.mktemp("affine") / "fam"
+    init_family(folder, base_of("affine+gated"))
+    for member, (sharing, tuner) in {**SHARED, "thin": ("sun", "paca")}.items():
+        facts = {
+            "family": str(folder),
+            "member": member,
+            "sharing": sharing,
+            "data": str(tiny_data),
+            "tuner": tuner,
+        }
+        dropped = {"dropbp": 0.5} if member == "solo" else {}
+        recipe = make_recipe(
+            Recipe, {**facts, "learning_rate": 0.03, "max_length": 128, "max_steps": 2, **dropped}
+        )
+        tune(recipe, watching=lambda job: nullcontext(Silent()))
+    return folder
+
+
+def test_a_family_on_such_a_base_is_tuned_checked_and_exported(family: Path, tmp_path: Path) -> None:
+    assert [finding for finding in check_family(family) if not finding.ok] == []
+    base = dict(read_tensors(weight_files(family / "base")))
+    own = dict(read_tensors(weight_files(family / read_family(family).module("math.own").path)))
+    assert own.keys() == base.keys()
+    for name, tensor in base.items():
+        assert own[name].dtype == tensor.dtype
+        if name.endswith("alpha_ma"):  # frozen where a member is tuned
+            assert torch.equal(own[name], tensor)
+    assert any(not torch.equal(own[n], base[n]) for n in base if n.endswith("alpha_proj.weight"))
+    assert any(not torch.equal(own[n], base[n]) for n in base if n.endswith("head_gate.weight"))
+    out = export_member(family, "solo", tmp_path / "solo")
+    card = (out / "README.md").read_text()
+    assert (
+        "Only heliostat runs it: its attention is `affine+gated`" in card
+        and "transformers: `python" not in card
+    )
+    assert not (out / "reproduce.py").exists() and read_config(out).attention.name == "affine+gated"
+    import_member(family, "again", out)
+    assert LLM(family, members=["again"], dtype="float32").generate("add 2 and 3", member="again", max_tokens=5)
+
+
+def test_what_was_pretrained_with_other_options_cannot_join(
+    family: Path, base_of: Callable[[str], Path]
+) -> None:
+    with pytest.raises(Refused, match='attention is {"kind": "affine", "n": "fixed", "length": 256'):
+        import_member(family, "other", base_of("fixed"))

@@ -19,7 +19,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from heliostat.engine.page_table import Generations
@@ -200,7 +200,7 @@ class Fetch:
         form, own = self.source.form, self.own.form
         if self.source.incarnation != self.promise.incarnation:
             raise Gone("its pages were of an earlier life of that worker")
-        if (form.slices, form.slice_bytes) != (own.slices, own.slice_bytes):
+        if replace(form, pages=own.pages) != own:
             raise Gone(f"its pages have {form.page_bytes} bytes, those here {own.page_bytes}")
         if not all(0 <= page < form.pages for page in self.promise.pages):
             raise Gone(f"its pages are none of the {form.pages} there")

@@ -5,6 +5,7 @@ Affine-scaled attention is that of arXiv 2602.23057: O = alpha softmax(QK) V + (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,18 @@ NAMES: Mapping[str, frozenset[str]] = {
     "affine": frozenset({"affine"}),
     "affine+gated": frozenset({"affine", "gated"}),
 }
+IN_WORDS: Mapping[str, str] = {
+    "softmax": "softmax attention",
+    "sink": "a learned logit for each head in the softmax",
+    "gated": "a learned gate for each head behind attention",
+    "affine": "a learned scale for each head, and a share of the sum of all values",
+    "affine+gated": "a learned scale for each head, a share of the sum of all values, and a gate",
+}
 COUNTS = ("visible", "fixed")
 ALPHAS = ("learned", "constant")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AttentionKind:
     """One kind, with its options."""
 
@@ -55,6 +63,9 @@ class AttentionKind:
                 "attention: n is 'fixed' and needs a length, the positions that the model was trained with, a "
                 f"positive whole number; it is {self.length!r}"
             )
+
+    def __repr__(self) -> str:
+        return json.dumps(self.to_json())
 
     @property
     def affine(self) -> bool:

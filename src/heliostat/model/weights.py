@@ -151,6 +151,11 @@ def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(KEPT_WHOLE) else dtype
 
 
+def format_on_disk(files: Iterable[Path]) -> torch.dtype:
+    """The number format of a checkpoint: that of its first tensor that may have any."""
+    return next(tensor.dtype for name, tensor in read_tensors(files) if not name.endswith(KEPT_WHOLE))
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write one safetensors file, whole or not at all."""
     with saving(path) as partial:

@@ -10,8 +10,10 @@ from heliostat.engine.paged import Paged, PagePool
 from heliostat.linear.lora import adapter_of, add_adapter
 from heliostat.model.config import parse_config
 from heliostat.model.transformer import Transformer
+from heliostat.model.weights import assemble, format_of, state_of
 from heliostat.ops import native
 from heliostat.ops.native.blocks import Laid
+from heliostat.ops.running import Running
 
 pytestmark = pytest.mark.skipif(not native.built(), reason="the compiled kernels do not run here")
 SHAPE = {
@@ -28,12 +30,23 @@ SHAPE = {
 ROWS, PAGE = 21, 4
 
 
-def model_of(kind: str, dtype: torch.dtype) -> Transformer:
+def model_of(kind: str, dtype: torch.dtype, attention: dict[str, object] | None = None) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(parse_config(SHAPE | {"model_type": kind}))
+    own = (
+        {"model_type": kind}
+        if attention is None
+        else {"model_type": f"heliostat_{kind}", "attention": attention}
+    )
+    config = parse_config(SHAPE | own)
+    model = Transformer(config)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    model = model.to(dtype).requires_grad_(False)
+        nn.init.normal_(parameter, mean=float("norm" in name), std=2.0 if name.endswith("sinks") else 0.2)
+    # As a checkpoint is loaded: averages stay float32.
+    state = {name: tensor.to(format_of(name, dtype)) for name, tensor in state_of(model).items()}
+    for name in state:
+        if name.endswith("alpha_ma"):
+            state[name] = torch.linspace(0.2, 0.9, 4)
+    model = assemble(config, state)
     model.join()
     return model
 
@@ -48,18 +61,24 @@ def seam_of(model: Transformer, *, laid: bool) -> Paged:
     visible = torch.cat((torch.arange(1, first + 1), torch.tensor([1, 2, 3, 3])))
     starts, page_starts = torch.tensor([0, first, ROWS]), torch.tensor([0, 5])
     entries = native.Ragged(torch.arange(ROWS), visible, starts, pages, page_starts)
-    everything = Laid(pool.keys, pool.values, writes, slots, entries) if laid else None
+    filled = torch.tensor([-1, 3, 3, 0, 0, 7, 7, 2])
+    everything = Laid(pool.keys, pool.values, writes, slots, entries, pool.sums, filled) if laid else None
     ask = partial(native.attend, entries=entries)
-    return Paged(pool, writes=writes, slots=slots, ask=ask, laid=everything)
+    listed = [
+        (range(first), pages[:5].tolist(), visible[:first].tolist()),
+        (range(first, ROWS), [6], [1, 2, 3, 3]),
+    ]
+    running = partial(Running.of_entries, listed, [(-1, [3, 0, 7, 2])], page_size=PAGE, device=pages.device)
+    return Paged(pool, writes=writes, slots=slots, ask=ask, laid=everything, running=running)
 
 
-def run(model: Transformer, *, laid: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states, and the keys that were written."""
+def run(model: Transformer, *, laid: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, and the keys and sums that were written."""
     ids = torch.arange(ROWS)
     positions = torch.cat((torch.arange(17), torch.tensor([0, 1, 2, 2])))
     seam = seam_of(model, laid=laid)
     with torch.inference_mode():
-        return model(ids, positions, seam), seam.pool.keys
+        return model(ids, positions, seam), seam.pool.keys, seam.pool.sums
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -71,8 +90,34 @@ def test_at_once_is_one_by_one(kind: str, dtype: torch.dtype, tolerance: float) 
         torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
 
 
+KINDS: list[dict[str, object]] = [
+    {"kind": "affine"},
+    {"kind": "affine", "n": "fixed", "length": 64},
+    {"kind": "affine", "alpha": "constant"},
+    {"kind": "affine+gated"},
+    {"kind": "gated"},
+    {"kind": "sink"},
+]
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_at_once_is_one_by_one_for_every_kind(
+    attention: dict[str, object], dtype: torch.dtype, tolerance: float
+) -> None:
+    model = model_of("llama", dtype, attention)
+    assert model.at_once is not None
+    got, want = run(model, laid=True), run(model, laid=False)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+    assert (got[2].numel() > 0) == model.config.attention.affine
+    softmax = run(model_of("llama", dtype), laid=True)
+    assert (softmax[0].float() - got[0].float()).abs().max() > 0.1  # another function, so the test can fail
+
+
 def test_a_number_of_threads_changes_no_bit() -> None:
-    model, threads, found = model_of("llama", torch.bfloat16), torch.get_num_threads(), []
+    model = model_of("llama", torch.bfloat16, {"kind": "affine+gated"})
+    threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -82,8 +127,9 @@ def test_a_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_rows_with_adapters_go_through_the_loop() -> None:
-    model = model_of("llama", torch.float32)
+@pytest.mark.parametrize("attention", [None, {"kind": "affine+gated"}, {"kind": "sink"}])
+def test_rows_with_adapters_go_through_the_loop(attention: dict[str, object] | None) -> None:
+    model = model_of("llama", torch.float32, attention)
     add_adapter(model, "one", r=2, alpha=4, targets=["q_proj", "down_proj"])
     for part in adapter_of(model, "one").values():
         nn.init.normal_(part.b)
