@@ -21,7 +21,7 @@ from heliostat.model.attention_kind import KEY, PREFIX
 from heliostat.model.config import config_json, parse_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import save_checkpoint, state_of
+from heliostat.model.weights import format_of, save_checkpoint, state_of
 from heliostat.plot import lines
 from heliostat.train import checkpoint, step_log
 from heliostat.train.distil import Teacher, load_teacher
@@ -218,7 +218,7 @@ def _run(work: Work, watch: Watch) -> History:
     if recipe.resume_from_checkpoint is True and not checkpoint.checkpoints(folder):
         raise Refused(f"--resume-from-checkpoint true, but {folder} holds no checkpoint")
     run = Run(objective, parameters, settings, folder, _identity(work), watch, judge, work.ranks)
-    run.buffers = {name: b for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in KEPT_WHOLE}
+    run.buffers = {name: b for name, b in model.named_buffers() if name.endswith(KEPT_WHOLE)}
     run.after = lambda: settle(model, work.ranks.summed)
     return run.fit(resume=recipe.resume_from_checkpoint is not False).history
 
@@ -253,10 +253,8 @@ def _finish(work: Work, history: History, out: Path) -> None:
 
 
 def _write(model: Transformer, tokenizer_folder: Path, out: Path) -> None:
-    state = {
-        name: tensor if name.rsplit(".", 1)[-1] in KEPT_WHOLE else tensor.to(torch.bfloat16)
-        for name, tensor in state_of(model).items()
-    }
+    own = state_of(model)
+    state = {name: tensor.to(format_of(name, torch.bfloat16)) for name, tensor in own.items()}
     with atomic_directory(out) as partial:
         config = config_json(model.config)
         for file in sorted(tokenizer_folder.iterdir()):
