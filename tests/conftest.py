@@ -51,6 +51,11 @@ def write_checkpoint(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
+    for name, tensor in model.state_dict().items():  # as if trained, so that each part of attention can be seen
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(tensor)
+        elif name.endswith("alpha_ma"):
+            torch.nn.init.uniform_(tensor, 0.3, 0.9)
     save_checkpoint(folder, state_of(model), facts)
     made.save(trained, folder, max_length=facts["max_position_embeddings"])
     return folder

@@ -37,6 +37,7 @@ from heliostat.linear.adapter import (
     is_columns,
     read_adapter,
 )
+from heliostat.model.attention_kind import IN_WORDS, PREFIX
 from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import INDEX, weight_files
@@ -53,7 +54,6 @@ TOKENIZER = (
     "merges",
     "added_tokens",
 )
-
 
 def export_member(folder: Path, member: str, out: Path) -> Path:
     """Write the member's own half to ``out``: weights or adapter, tokenizer, card, licence, row, reproducing script.
@@ -80,8 +80,9 @@ def export_member(folder: Path, member: str, out: Path) -> Path:
         _copy_matching(folder / BASE, partial, LICENCES)
         atomic_write_text(partial / FACTS, json.dumps(facts, indent=2) + "\n")
         atomic_write_text(partial / "README.md", card(family, member, facts, _licence(folder / BASE)))
-        script = resources.files("heliostat") / "assets" / "reproduce.py"
-        atomic_write_text(partial / "reproduce.py", script.read_text(encoding="utf-8"))
+        if facts["attention"] is None:  # the script runs transformers, which has no other attention
+            script = resources.files("heliostat") / "assets" / "reproduce.py"
+            atomic_write_text(partial / "reproduce.py", script.read_text(encoding="utf-8"))
     return out
 
 
@@ -115,12 +116,14 @@ def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any
     row, entry = family.member(member).row, family.member(member)
     tokenizer = load_tokenizer(folder, family)
     roles = {part: "own" if getattr(row, part) == own else "base" for part in row.__dataclass_fields__}
+    attention = read_config(folder / BASE).attention
     return {
         "format_version": 1,
         "member": member,
         "sharing": entry.sharing,
         "alone": row.alone and family.module(own).base is None,
         "row": roles,
+        "attention": None if attention.plain else attention.to_json(),
         "digests": {
             roles_name: family.module(name).digest for roles_name, name in (("own", own), ("base", BASE))
         },
@@ -147,7 +150,7 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
     row, sharing = facts["row"], family.member(member).sharing
     head = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'transformers' if facts.get('attention') is None else 'heliostat'}",
         *([f"license: {licence}"] if licence else []),
         "tags: [heliostat]",
         "---",
@@ -182,9 +185,7 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
             "",
             _without_heliostat(facts),
             "",
-            "Greedy answers are the same in the same number format; left out, heliostat's `--dtype` is bfloat16 where",
-            "the hardware multiplies it, the script's is float32.",
-            "",
+            *_same_answers(facts),
             "## Evaluation",
             "",
             evaluation,
@@ -195,6 +196,17 @@ def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | N
             "",
         ]
     )
+
+
+def _same_answers(facts: Mapping[str, Any]) -> list[str]:
+    """When the script's answers are heliostat's, where there is a script."""
+    if facts.get("attention") is not None:
+        return []
+    return [
+        "Greedy answers are the same in the same number format; left out, heliostat's `--dtype` is bfloat16 where",
+        "the hardware multiplies it, the script's is float32.",
+        "",
+    ]
 
 
 def _base_line(facts: Mapping[str, Any]) -> list[str]:
@@ -209,7 +221,13 @@ def _base_line(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _without_heliostat(facts: Mapping[str, Any]) -> str:
-    """How to answer with transformers alone."""
+    """How to answer with transformers alone, where it can."""
+    if (attention := facts.get("attention")) is not None:
+        return (
+            f"Only heliostat runs it: its attention is `{attention['kind']}`, which neither transformers nor vLLM has "
+            f"({IN_WORDS[attention['kind']]}). Its `model_type` begins with `{PREFIX}`, so that both refuse it by name "
+            "instead of answering as another model."
+        )
     if facts["alone"]:
         return 'With transformers: `python reproduce.py --prompt "..."`, or `from_pretrained` this folder.'
     return 'With two models in transformers: `python reproduce.py --base PATH_OF_THE_BASE --prompt "..."`.'

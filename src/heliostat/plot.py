@@ -138,6 +138,41 @@ class _Scale:
         return HEIGHT - BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - TOP - BOTTOM)
 
 
+def panels(rows: Mapping[str, Sequence[Sequence[Sequence[float]]]], *, title: str, most: float) -> str:
+    """Square grids of numbers, a row of them a label: dark where a number is high, ``most`` or more darkest.
+
+    Numbers below zero are drawn in another colour. What is nearer to zero than an eighth of ``most`` is left empty.
+    """
+    side, gap, left = 116, 14, 120
+    height = TOP + (side + gap) * len(rows) + 8
+    parts = [f'<text x="8" y="20" class="t">{escape(title)}</text>']
+    for number, (name, grids) in enumerate(rows.items()):
+        top = TOP + number * (side + gap)
+        parts.append(f'<text x="{left - 8}" y="{top + side / 2:.0f}" text-anchor="end">{escape(name)}</text>')
+        for place, grid in enumerate(grids):
+            parts.append(_grid(grid, left + place * (side + gap), top, side, most))
+    return _svg(parts, title, height)
+
+
+def _grid(grid: Sequence[Sequence[float]], x: float, y: float, side: float, most: float) -> str:
+    """One square; numbers of one shade that stand side by side are one bar."""
+    cell = side / max(1, len(grid))
+    bars = [f'<rect x="{x:.0f}" y="{y:.0f}" width="{side:.0f}" height="{side:.0f}" fill="none" class="g"/>']
+    for row, numbers in enumerate(grid):
+        shades = [max(-8, min(8, round(8 * number / most))) for number in numbers]
+        start = 0
+        for end in range(1, len(shades) + 1):
+            if end < len(shades) and shades[end] == shades[start]:
+                continue
+            if shade := shades[start]:
+                bars.append(
+                    f'<rect x="{x + start * cell:.1f}" y="{y + row * cell:.1f}" width="{(end - start) * cell:.1f}" '
+                    f'height="{cell:.1f}" fill="{COLOURS[0 if shade > 0 else 1]}" opacity="{abs(shade) / 8:.2f}"/>'
+                )
+            start = end
+    return "".join(bars)
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that cover [low, high]."""
     raw = (high - low) / max(1, count) or 1.0

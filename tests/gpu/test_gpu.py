@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from heliostat.build import init_family
 from heliostat.engine.graphs import CudaRecorder
 from heliostat.llm import LLM
 from heliostat.ops.decoding import RowPages, has_triton, plain_rows, torch_rows, triton_rows
@@ -44,6 +45,19 @@ def test_recorded_passes_give_the_answers_of_those_that_are_not(tiny_family: Pat
         said[how] = [answer.ids for answer in llm.generate([prompt for prompt, _ in asked], **options)]
     assert graphs.replays > 20 and len(graphs) > 0 and not graphs.failure
     assert said["off"] == said["first"] == said["again"]
+
+
+@pytest.mark.parametrize("kind", ["affine+gated", "sink"])
+def test_bases_of_every_kind_of_attention_answer_as_on_the_cpu(
+    kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    init_family(tmp_path / "fam", make_checkpoint(model_type="heliostat_llama", attention={"kind": kind}))
+    here, there = (LLM(tmp_path / "fam", dtype="float32", device=device) for device in ("cpu", "cuda"))
+    for _ in range(3):  # as it is, recorded, replayed
+        said = [llm.generate(PROMPTS, max_tokens=40, ignore_eos=True) for llm in (here, there)]
+        assert [answer.ids for answer in said[0]] == [answer.ids for answer in said[1]]
+    graphs = there.engine.runner.graphs
+    assert graphs is not None and graphs.replays > 20 and not graphs.failure
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

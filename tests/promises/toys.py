@@ -137,7 +137,8 @@ class Plain:
                 torch.cat([old, new] if writes else [old])
                 for old, new in zip(past[layer], (k, v), strict=True)
             )
-            x = x + self._linear(self._attend(q, keys, values, places), f"{head}self_attn.o_proj")
+            said = self._weigh(self._attend(q, keys, values, places, head), values, places, normed, head)
+            x = x + self._linear(said.flatten(1), f"{head}self_attn.o_proj")
             normed = self._norm(x, f"{head}post_attention_layernorm.weight")
             gate, up = (self._linear(normed, f"{head}mlp.{p}_proj") for p in ("gate", "up"))
             x = x + self._linear(silu(gate) * up, f"{head}mlp.down_proj")
@@ -160,13 +161,30 @@ class Plain:
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> Tensor:
-        out = torch.empty_like(q)
+    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, places: Tensor, name: str) -> Tensor:
+        out, sinks = torch.empty_like(q), self.state.get(f"{name}self_attn.sinks")
         for head, row in itertools.product(range(q.shape[1]), range(len(q))):
             seen, group = int(places[row]) + 1, head * keys.shape[1] // q.shape[1]
-            weights = (keys[:seen, group] @ q[row, head] / math.sqrt(q.shape[2])).softmax(0)
-            out[row, head] = weights @ values[:seen, group]
-        return out.flatten(1)
+            scores = keys[:seen, group] @ q[row, head] / math.sqrt(q.shape[2])
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1]])
+            out[row, head] = scores.softmax(0)[:seen] @ values[:seen, group]
+        return out
+
+    def _weigh(self, said: Tensor, values: Tensor, places: Tensor, x: Tensor, name: str) -> Tensor:
+        """Affine-scaled and gated, as the model's options say; x [T, E] is what the block's attention was given."""
+        kind, own = self.config.attention, f"{name}self_attn."
+        if kind.affine:
+            learned = f"{own}alpha_proj" if kind.alpha == "learned" else None
+            alpha = (0.1 * self._linear(x, learned) + 0.5).clamp(0, 1) if learned else torch.tensor([[0.5]])
+            for row, place in enumerate(places.tolist()):
+                count = place + 1 if kind.n == "visible" else kind.length
+                beta = (self.state[f"{own}alpha_ma"] - alpha[row % len(alpha)]) / count
+                whole = values[: place + 1].sum(0).repeat_interleave(said.shape[1] // values.shape[1], 0)
+                said[row] = alpha[row % len(alpha), :, None] * said[row] + beta[:, None] * whole
+        if kind.gated:
+            said = said * self._linear(x, f"{own}head_gate").sigmoid()[..., None]
+        return said
 
 
 def reference(row: Row, modules: Mapping[str, Loaded], ids: Sequence[int], prompt: int) -> Tensor:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +19,7 @@ from rich.console import Console
 from heliostat.bench.accuracy_page import rows_of, write, write_readme
 from heliostat.bench.birth import certificate
 from heliostat.bench.methods import METHODS, Method
+from heliostat.bench.processes import run_modules
 from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, kept_at, write_data
 from heliostat.files import read_json
 from heliostat.tasks import TASKS
@@ -65,33 +63,15 @@ def run_all(
     ``half``: do not tune, but judge their modules as that half (see ``trial.main``).
     """
     waiting = [t for t in trials if not kept_at(folder, t, half).exists()]
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    total, begin = len(waiting), time.perf_counter()
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                trial = waiting.pop(0)
-                running[kept_at(folder, trial, half).stem] = _start(folder, trial, half)
-            time.sleep(0.2)
-            for name in [n for n, process in running.items() if process.poll() is not None]:
-                if running.pop(name).returncode:
-                    raise RuntimeError(f"trial {name} failed; its log: {folder / 'logs' / name}.log")
-                done = total - len(waiting) - len(running)
-                console.print(f"{done}/{total} {name}  {(time.perf_counter() - begin) / 60:.1f} min")
-    finally:
-        for process in running.values():
-            process.terminate()
+    commands = {kept_at(folder, trial, half).stem: _words(folder, trial, half) for trial in waiting}
+    run_modules(commands, logs=folder / "logs", workers=workers, console=console)
 
 
-def _start(folder: Path, trial: Trial, half: str | None) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "heliostat.bench.trial", "--folder", str(folder)]
+def _words(folder: Path, trial: Trial, half: str | None) -> list[str]:
+    words = ["heliostat.bench.trial", "--folder", str(folder)]
     for name, value in asdict(trial).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--as", half] if half else []
-    log = folder / "logs" / f"{kept_at(folder, trial, half).stem}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as out:
-        return subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
+    return words + (["--as", half] if half else [])
 
 
 def measure(

@@ -24,6 +24,7 @@ from heliostat.bench.birth import certificate
 from heliostat.bench.trial import EMBEDDED_BASE, Trial, ensure_family, recipe_of, write_data
 from heliostat.files import atomic_write_text
 from heliostat.model.seam import Causal
+from heliostat.ops.mixing import NOTHING, Mix
 from heliostat.train.loop import Settings, make_optimizer, take_step
 from heliostat.train.objective import MemberObjective
 from heliostat.train.sharing import Layout
@@ -93,10 +94,11 @@ def _passes(job: Job, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
 class _Taped:
     """Plain attention over keys and values that want a gradient, as those of a trained writer do."""
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return Causal()(
-            layer, q, k.requires_grad_() if k.is_leaf else k, v.requires_grad_() if v.is_leaf else v
-        )
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mix: Mix = NOTHING
+    ) -> torch.Tensor:
+        k, v = (each.requires_grad_() if each.is_leaf else each for each in (k, v))
+        return Causal()(layer, q, k, v, mix)
 
 
 def _timed(run: Callable[[], object]) -> float:

@@ -25,6 +25,7 @@ def init(
     facts = {
         "family": str(family),
         "architecture": config.architecture,
+        "attention": config.attention.to_json(),
         "parameters": config.parameters,
         "max_length": config.max_length,
         "digest": made.module("base").digest,
@@ -34,6 +35,7 @@ def init(
         return print_json(facts)
     rows = [
         ("architecture", config.architecture),
+        ("attention", config.attention.name),
         ("parameters", f"{config.parameters:,}"),
         ("longest text", f"{config.max_length:,} tokens"),
         ("digest", made.module("base").digest[:12]),

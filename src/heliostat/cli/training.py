@@ -92,9 +92,14 @@ def train(
 
 
 @taking(recipe_options(PretrainRecipe))
-def pretrain(recipe_file: RecipeFile = None, as_json: Json = False, **flags: Any) -> None:
+def pretrain(
+    recipe_file: RecipeFile = None, processes: Processes = 1, as_json: Json = False, **flags: Any
+) -> None:
     """Text becomes a tokenizer and a checkpoint. Interrupted or killed, the same command goes on."""
     recipe = recipe_of(PretrainRecipe, recipe_file, given(flags), folder="output_dir")
+    if processes != 1 and started() == 1:
+        raise typer.Exit(start(processes))
+    from heliostat.train import ranks
     from heliostat.train.loop import Interrupted
     from heliostat.train.pretrain import pretrain as run
     from heliostat.train.watch import Bar
@@ -104,11 +109,15 @@ def pretrain(recipe_file: RecipeFile = None, as_json: Json = False, **flags: Any
             settled.max_steps, what="pretraining", as_json=as_json, every=settled.logging_steps
         )
     )
+    recipe, together = ranks.joined(recipe)
     try:
-        made = run(recipe, watching=onlooker, echo=note)
+        made = run(recipe, watching=onlooker, echo=note, ranks=together)
     except Interrupted as error:
         stop(f"{error}; the same command goes on from there")
-    _show_pretrained(made, onlooker, as_json=as_json)
+    finally:
+        ranks.left()
+    if together.first:
+        _show_pretrained(made, onlooker, as_json=as_json)
 
 
 def recipe_of(kind: type[P], target: Path | None, flags: Mapping[str, Any], *, folder: str) -> P:
@@ -297,6 +306,7 @@ def _show_pretrained(made: Pretrained, onlooker: Onlooker, *, as_json: bool) -> 
         "steps": last["step"],
         "loss": last["loss"],
         "eval_loss": last["eval_loss"],
+        "eval_perplexity": last["eval_perplexity"],
         **onlooker.facts,
         "run_folder": str(run),
     }
@@ -306,9 +316,15 @@ def _show_pretrained(made: Pretrained, onlooker: Onlooker, *, as_json: bool) -> 
         ("parameters", f"{made.parameters:,}"),
         ("tokens", f"{made.tokens:,}"),
         ("loss", f"{last['loss']:.4f}"),
-        ("eval loss", f"{last['eval_loss']:.4f}"),
+        ("eval loss", f"{last['eval_loss']:.4f} (perplexity {last['eval_perplexity']:.2f})"),
         *_speed(facts),
     ]
     print_table(rows, title=f"{made.folder}: a new base")
-    print(f"run: {run} (recipe.yaml, log.jsonl, loss.svg)")
-    print_next([["init", "FAM", "--base", made.folder]])
+    print(f"run: {run} (recipe.yaml, log.jsonl, steps.jsonl, loss.svg, gradient.svg)")
+    print_next(
+        [
+            ["init", "FAM", "--base", made.folder],
+            ["generate", "FAM", "--prompt", "your prompt"],
+            ["train", "FAM", "--member", "NAME", "--sharing", "SHARING", "--data", "DATA.jsonl"],
+        ]
+    )

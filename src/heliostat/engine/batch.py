@@ -55,6 +55,8 @@ class Pass:
     """[W] rows whose keys and values go into the pool, ascending; not those that only speak."""
     write_slots: list[int] = field(default_factory=list)
     """[W] where to: page * S + offset. No slot occurs twice in a step."""
+    filled: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    """Pages whose last slot is written, of one chunk each, in order, behind the page before them, or -1 for none."""
     segments: list[Segment] = field(default_factory=list)
     """Consecutive, covering [0, T); no adapter first, then each adapter once, by name."""
     entries: list[Entry] = field(default_factory=list)
@@ -145,6 +147,8 @@ def _add_rows(made: Pass, span: _Span, page_size: int) -> range:
         made.write_slots.extend(
             chunk.pages[p // page_size] * page_size + p % page_size for p in range(span.start, chunk.stop)
         )
+        if full := chunk.pages[(begin := span.start // page_size) : chunk.stop // page_size]:
+            made.filled.append((chunk.pages[begin - 1] if begin else -1, full))
     if made.segments and made.segments[-1].adapter == span.adapter:
         first = made.segments.pop().start
     made.segments.append(Segment(span.adapter, first, rows.stop))

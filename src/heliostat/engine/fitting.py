@@ -12,7 +12,7 @@ from heliostat.errors import Refused
 from heliostat.model.config import ModelConfig
 from heliostat.model.transformer import Transformer
 
-_SHAPE = ("layers", "kv_heads", "head_width", "vocabulary", "rope")
+_SHAPE = ("layers", "kv_heads", "head_width", "vocabulary", "rope", "attention")
 """What modules must have in common so that each can read what another wrote, and say the same tokens."""
 
 

@@ -19,6 +19,7 @@ from heliostat.engine.fixed import Layout, fill, layout_of
 from heliostat.engine.paged import Paged, PagePool
 from heliostat.model.transformer import Transformer
 from heliostat.ops.decoding import RowPages, row_attention
+from heliostat.ops.running import Running
 
 Run = Callable[[], Tensor]
 Record = Callable[[Run], Run]
@@ -57,7 +58,7 @@ class Graphs:
         if layout is None or self.failure or not self._is_worth(layout):
             return None
         filled = fill(each, layout, page_size=self._size, scratch=self._scratch)
-        found = self._recorded.get(layout) or _Recorded(model, self._pool, layout)
+        found = self._recorded.get(layout) or _Recorded(model, self._pool, layout, self._scratch)
         # Not pinned memory: the next pass may fill it before this one was read.
         found.inputs.copy_(torch.tensor(filled.flat), non_blocking=True)
         if found.replay is None and not self._begin(layout, found):
@@ -94,13 +95,21 @@ class Graphs:
 class _Recorded:
     """One layout: where its inputs lie, and what runs on them."""
 
-    def __init__(self, model: Transformer, pool: PagePool, layout: Layout) -> None:
+    def __init__(self, model: Transformer, pool: PagePool, layout: Layout, scratch: int) -> None:
         rows, device = layout.rows, pool.keys.device
         self.inputs = torch.zeros(rows * (4 + layout.pages), dtype=torch.long, device=device)
         tokens, positions, slots, visible, pages = self.inputs.split([rows] * 4 + [rows * layout.pages])
-        ask = partial(row_attention, rows=RowPages(pages.view(rows, layout.pages), visible))
-        seam = Paged(pool, writes=torch.arange(rows, device=device), slots=slots, ask=ask)
-        self.run: Run = partial(model, tokens, positions, seam, layout.route)
+        own = RowPages(pages.view(rows, layout.pages), visible)
+        writes, ask = torch.arange(rows, device=device), partial(row_attention, rows=own)
+        running = partial(Running.of_rows, own, slots, page_size=pool.keys.shape[2], scratch=scratch)
+
+        def run() -> (
+            Tensor
+        ):  # a seam for every run: where sums come from is computed of the inputs, and recorded
+            seam = Paged(pool, writes=writes, slots=slots, ask=ask, running=running)
+            return model(tokens, positions, seam, layout.route)
+
+        self.run: Run = run
         self.replay: Run | None = None
 
 

@@ -18,7 +18,7 @@ from heliostat.family import Family
 from heliostat.linear.adapter import adapter_bytes
 from heliostat.model.config import ModelConfig
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import read_shapes, weight_files
+from heliostat.model.weights import format_of, read_shapes, weight_files
 
 MIB = 2**20
 _SAMPLING = 44
@@ -127,7 +127,7 @@ def _shapes_of(folder: Path, family: Family, weights: str) -> dict[str, Sequence
 
 
 def _size(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
-    return sum(map(math.prod, shapes.values())) * dtype.itemsize
+    return sum(math.prod(shape) * format_of(name, dtype).itemsize for name, shape in shapes.items())
 
 
 def _workspace(config: ModelConfig, dtype: torch.dtype, *, rows: int, tokens: int) -> int:

@@ -21,6 +21,7 @@ from heliostat.ops import native
 from heliostat.ops.decoding import RowPages, has_triton, triton_rows
 from heliostat.ops.native.blocks import Laid
 from heliostat.ops.paging import PagedGroup, grouped_attention
+from heliostat.ops.running import Running
 
 
 class Runner:
@@ -95,13 +96,18 @@ class Runner:
     def _seam(self, each: Pass, dtype: torch.dtype) -> Paged:
         """With the fastest attention over pages that there is here for queries of ``dtype``."""
         writes, slots = self._tensor(each.write_rows), self._tensor(each.write_slots)
+        seam = partial(Paged, self.pool, writes=writes, slots=slots, running=partial(self._running, each))
         if not (native.attends(self.pool.keys) and dtype == self.pool.keys.dtype):
-            return Paged(self.pool, writes=writes, slots=slots, ask=self._ask(each.entries))
+            return seam(ask=self._ask(each.entries))
         entries = self._ragged(each.entries)
-        laid = Laid(self.pool.keys, self.pool.values, writes, slots, entries)
-        return Paged(
-            self.pool, writes=writes, slots=slots, ask=partial(native.attend, entries=entries), laid=laid
-        )
+        pairs = [pair for before, run in each.filled for pair in zip((before, *run), run, strict=False)]
+        filled = self._tensor(pairs) if self.pool.sums.numel() else None
+        laid = Laid(self.pool.keys, self.pool.values, writes, slots, entries, self.pool.sums, filled)
+        return seam(ask=partial(native.attend, entries=entries), laid=laid)
+
+    def _running(self, each: Pass) -> Running:
+        size, entries = self.pool.keys.shape[2], [(e.rows, e.pages, e.visible) for e in each.entries]
+        return Running.of_entries(entries, each.filled, page_size=size, device=self.device)
 
     def _ask(self, entries: Sequence[Entry]) -> Ask:
         few = all(len(entry.rows) <= QUERIES for entry in entries)

@@ -1,6 +1,7 @@
 """Where pages lie so that other processes of this machine can read them: memory with a name. No torch.
 
-A page is ``slices`` pieces of bytes, one for the keys and one for the values of each layer. Beside the pages stand
+A page is ``slices`` pieces of bytes, one for the keys and one for the values of each layer, and a tail: the sums of its
+values of all layers, where attention needs them. Beside the pages stand
 their generations: whoever writes a page raises its generation first, so a reader that finds it unchanged after
 copying has read what it was promised. A digest of the bytes is checked all the same.
 
@@ -18,15 +19,15 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from heliostat.engine.page_table import Generations
 from heliostat.errors import Refused
 
 MIB = 2**20
-_HEADER = struct.Struct("<8s32sQQQ")
-_MAGIC = b"heliopg1"
+_HEADER = struct.Struct("<8s32sQQQQ")
+_MAGIC = b"heliopg2"
 _ROOM = 4096  # bytes of the header; what follows is aligned
 
 
@@ -41,10 +42,11 @@ class Form:
     pages: int
     slices: int
     slice_bytes: int
+    tail_bytes: int = 0
 
     @property
     def page_bytes(self) -> int:
-        return self.slices * self.slice_bytes
+        return self.slices * self.slice_bytes + self.tail_bytes
 
     @property
     def start(self) -> int:
@@ -67,7 +69,7 @@ class Store:
     generations: Generations
     """[P] of 8 bytes."""
     content: memoryview
-    """Bytes of all pages: slice n of page p begins at (n * P + p) * slice_bytes."""
+    """Bytes of all pages: slice n of page p begins at (n * P + p) * slice_bytes; behind all slices lie the tails."""
     _file: int
     _known: dict[int, tuple[int, bytes]] = field(default_factory=dict)
 
@@ -86,7 +88,7 @@ class Store:
             path.unlink()
             os.close(file)
             raise
-        counts = (form.pages, form.slices, form.slice_bytes)
+        counts = (form.pages, form.slices, form.slice_bytes, form.tail_bytes)
         memory[: _HEADER.size] = _HEADER.pack(_MAGIC, incarnation.encode(), *counts)
         return cls(name, incarnation, form, *_parts(memoryview(memory), form), file)
 
@@ -111,6 +113,9 @@ class Store:
         for number in range(form.slices):
             start = (number * form.pages + page) * size
             yield self.content[start : start + size]
+        if tail := form.tail_bytes:
+            start = form.slices * form.pages * size + page * tail
+            yield self.content[start : start + tail]
 
     def digest(self, page: int) -> bytes:
         """SHA-256 of a page's bytes, as they are now."""
@@ -195,7 +200,7 @@ class Fetch:
         form, own = self.source.form, self.own.form
         if self.source.incarnation != self.promise.incarnation:
             raise Gone("its pages were of an earlier life of that worker")
-        if (form.slices, form.slice_bytes) != (own.slices, own.slice_bytes):
+        if replace(form, pages=own.pages) != own:
             raise Gone(f"its pages have {form.page_bytes} bytes, those here {own.page_bytes}")
         if not all(0 <= page < form.pages for page in self.promise.pages):
             raise Gone(f"its pages are none of the {form.pages} there")

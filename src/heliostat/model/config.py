@@ -14,6 +14,7 @@ from typing import Any
 
 from heliostat.errors import Refused
 from heliostat.family import choose
+from heliostat.model.attention_kind import KEY, PREFIX, SOFTMAX, AttentionKind, read_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attention: AttentionKind = SOFTMAX
 
     @property
     def parameters(self) -> int:
@@ -45,6 +47,7 @@ class ModelConfig:
         q, kv = self.heads * self.head_width, self.kv_heads * self.head_width
         attention = self.width * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.o_bias * self.width
         attention += 2 * self.head_width * self.qk_norm
+        attention += self.heads * (self.width * self.attention.gates + self.attention.sink)
         mlp = 3 * self.width * self.mlp_width + self.mlp_bias * (2 * self.mlp_width + self.width)
         embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
         return self.layers * (attention + mlp + 2 * self.width) + self.width + embeddings
@@ -53,6 +56,11 @@ class ModelConfig:
     def kv_values_per_token(self) -> int:
         """Numbers that one position adds to the cache, all layers, keys and values."""
         return 2 * self.layers * self.kv_heads * self.head_width
+
+    @property
+    def sums_per_page(self) -> int:
+        """Numbers (float32) that a page holds beside keys and values, all layers: running sums of the values."""
+        return self.layers * self.kv_heads * self.head_width if self.attention.affine else 0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -137,6 +145,7 @@ READ = frozenset(
         "max_window_layers",
         "layer_types",
         "model_type",
+        KEY,
         "architectures",
         "quantization_config",
         "auto_map",
@@ -230,10 +239,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 def parse_config(data: Mapping[str, Any]) -> ModelConfig:
     """The facts of a config.json, already loaded."""
-    kind = choose(str(data.get("model_type")), ARCHITECTURES, what="architecture (model_type)")
+    architecture = str(data.get("model_type")).removeprefix(PREFIX)
+    kind = choose(architecture, ARCHITECTURES, what="architecture (model_type)")
+    longest = _whole(data, "max_position_embeddings")
+    attention = read_kind(data, longest)
     _refuse_foreign(data, kind)
     window = _window(data, kind)
-    longest = _whole(data, "max_position_embeddings")
     width, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
     kv_heads = _whole(data, "num_key_value_heads", left_out=kind.kv_heads) or heads
     if heads % kv_heads:
@@ -243,7 +254,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         raise Refused(f"head_dim {head_width} is odd; rotary embedding needs an even one")
     bias = bool(data.get("attention_bias", False))
     return ModelConfig(
-        architecture=str(data["model_type"]),
+        architecture=architecture,
         vocabulary=_whole(data, "vocab_size"),
         width=width,
         layers=_whole(data, "num_hidden_layers"),
@@ -259,6 +270,7 @@ def parse_config(data: Mapping[str, Any]) -> ModelConfig:
         o_bias=bias if kind.o_bias is None else kind.o_bias,
         mlp_bias=bool(data.get("mlp_bias", False)) if kind.mlp_bias is None else kind.mlp_bias,
         qk_norm=kind.qk_norm,
+        attention=attention,
     )
 
 
@@ -351,12 +363,13 @@ def _number(data: Mapping[str, Any], key: str, left_out: float) -> float:
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a new checkpoint of this shape, as transformers reads it."""
+    """config.json of a new checkpoint of this shape, as transformers reads it, or refuses it by its model_type."""
     biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
-    known = ARCHITECTURES[config.architecture].keys
+    known, own = ARCHITECTURES[config.architecture].keys, not config.attention.plain
     return {
-        "architectures": [ARCHITECTURES[config.architecture].class_name],
-        "model_type": config.architecture,
+        "architectures": [("Heliostat" if own else "") + ARCHITECTURES[config.architecture].class_name],
+        "model_type": (PREFIX if own else "") + config.architecture,
+        **({KEY: config.attention.to_json()} if own else {}),
         "vocab_size": config.vocabulary,
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,

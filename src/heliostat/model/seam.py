@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from heliostat.ops.attention import attention
+from heliostat.ops.mixing import NOTHING, Mix, Prefix, masked_sums
 
 KeyValues = dict[int, tuple[Tensor, Tensor]]
 """Keys and values by layer, each [B, T, K, D]."""
@@ -19,9 +20,17 @@ KeyValues = dict[int, tuple[Tensor, Tensor]]
 class Causal:
     """Every position sees itself and what is before it. Right padding needs no mask: nobody sees it."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self._prefix: Prefix | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mix: Mix = NOTHING) -> Tensor:
         """q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]."""
-        return attention(q, k, v, causal=True)
+        said = attention(q, k, v, causal=True, sinks=mix.sinks)
+        if mix.alpha is None:
+            return mix.finish(said)
+        if self._prefix is None:
+            self._prefix = Prefix(q.shape[1], device=q.device)
+        return mix.finish(said, self._prefix(v), self._prefix.seen)
 
 
 class Masked:
@@ -29,16 +38,30 @@ class Masked:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
+        self._documents: Tensor | None = None
+        self._prefix: Prefix | None = None
 
     @classmethod
     def documents(cls, numbers: Tensor) -> Masked:
-        """Causal within a document; ``numbers`` [B, T] is each position's document (a packed row holds several)."""
-        same = numbers[:, :, None] == numbers[:, None, :]
-        return cls((same & torch.ones_like(same[0]).tril())[:, None])
+        """Causal within a document; ``numbers`` [B, T] is each position's document (a packed row holds several).
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        Positions of a document stand side by side.
+        """
+        same = numbers[:, :, None] == numbers[:, None, :]
+        made = cls((same & torch.ones_like(same[0]).tril())[:, None])
+        made._documents = numbers
+        return made
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mix: Mix = NOTHING) -> Tensor:
         """q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]."""
-        return attention(q, k, v, self.mask)
+        said = attention(q, k, v, self.mask, sinks=mix.sinks)
+        if mix.alpha is None:
+            return mix.finish(said)
+        if self._documents is None:
+            return mix.finish(said, *masked_sums(self.mask, v))
+        if self._prefix is None:
+            self._prefix = Prefix(q.shape[1], self._documents)
+        return mix.finish(said, self._prefix(v), self._prefix.seen)
 
 
 class Recording:
@@ -48,10 +71,10 @@ class Recording:
         self.inner = inner
         self.written: KeyValues = {}
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mix: Mix = NOTHING) -> Tensor:
         """As ``inner``. A block recomputed in the backward pass records nothing new: the first record carries the tape."""
         self.written.setdefault(layer, (k, v))
-        return self.inner(layer, q, k, v)
+        return self.inner(layer, q, k, v, mix)
 
 
 class Reading:
@@ -64,12 +87,16 @@ class Reading:
     def __init__(self, sources: Sequence[KeyValues], mask: Tensor, *, own: bool) -> None:
         self.sources, self.mask, self.own = tuple(sources), mask, own
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mix: Mix = NOTHING) -> Tensor:
         """q [B, T, H, D] -> [B, T, H, D]; k and v [B, T, K, D] are used only where ``own``."""
         keys, values = zip(*(source[layer] for source in self.sources), strict=True)
         if self.own:
             keys, values = (*keys, k), (*values, v)
-        return attention(q, _joined(keys, q), _joined(values, q), self.mask)
+        read = _joined(values, q)
+        said = attention(q, _joined(keys, q), read, self.mask, sinks=mix.sinks)
+        if mix.alpha is None:
+            return mix.finish(said)
+        return mix.finish(said, *masked_sums(self.mask, read))
 
 
 def _joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Parameter names are Hugging Face's, so a checkpoint loads as it is. Shapes: ``..
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from heliostat.linear.joined import Joined
 from heliostat.linear.lora import Linear, Route, plain_linear
 from heliostat.linear.worn import Wardrobe
+from heliostat.model.alpha import Weighing
 from heliostat.model.config import ModelConfig
 from heliostat.ops import native
 from heliostat.ops.gate import gated
-from heliostat.ops.native.blocks import LINEARS, Blocks, weights_of
+from heliostat.ops.mixing import Mix
+from heliostat.ops.native.blocks import LINEARS, Blocks, Extras, weights_of
 from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 
@@ -29,8 +31,8 @@ from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 class Attend(Protocol):
     """The seam: everything that knows where keys and values live."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [..., H, D], k and v [..., K, D] (rotated) -> attention output [..., H, D]."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mix: Mix = ..., /) -> Tensor:
+        """q [..., H, D], k and v [..., K, D] (rotated) -> attention output [..., H, D], mixed as ``mix`` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,11 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Attention(nn.Module):
+class Attention(Weighing):
     """Grouped-query attention: projections, optional head norms, rotation; the seam does the rest."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config)
         width, d = config.width, config.head_width
         self.layer, self.head_width = layer, d
         self.joined: Joined | None = None
@@ -90,19 +92,25 @@ class Attention(nn.Module):
         route: Route | None,
         on: Branches = BOTH,
     ) -> Tensor:
-        q, k, v = map(self._heads, self._projected(x, route, on))
+        q, k, v, *gates = self._projected(x, route, on)
+        q, k, v = map(self._heads, (q, k, v))
         # Norms run as everything around them: without a tape another kernel would round otherwise.
         q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)  # [..., H, D], [..., K, D]
         with _taping(on.attention):
-            return self.o_proj(attend(self.layer, q, k, v).flatten(-2), route)
+            said = (
+                attend(self.layer, q, k, v)
+                if self.kind.plain
+                else attend(self.layer, q, k, v, self.mix(gates))
+            )
+            return self.o_proj(said.flatten(-2), route)
 
     def _projected(self, x: Tensor, route: Route | None, on: Branches) -> tuple[Tensor, ...]:
         if self.joined is not None:
             return self.joined(self, x, route).split(self.joined.sizes, dim=-1)
         with _taping(on.attention):
-            q = self.q_proj(x, route)
+            q, gates = self.q_proj(x, route), [getattr(self, name)(x, route) for name in self.gates]
         with _taping(on.attention or on.written):
-            return q, self.k_proj(x, route), self.v_proj(x, route)
+            return q, self.k_proj(x, route), self.v_proj(x, route), *gates
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_width))
@@ -156,10 +164,16 @@ class Block(nn.Module):
         if not again:
             return fed(attended(x))
         if on.attention and on.mlp:
-            return checkpoint(lambda x: fed(attended(x)), x, use_reentrant=False)
+            return self._twice(lambda x: fed(attended(x)), x)
         # A branch without a tape keeps nothing and need not be run twice.
-        x = checkpoint(attended, x, use_reentrant=False) if on.attention or on.written else attended(x)
-        return checkpoint(fed, x, use_reentrant=False) if on.mlp else fed(x)
+        x = self._twice(attended, x) if on.attention or on.written else attended(x)
+        return self._twice(fed, x) if on.mlp else fed(x)
+
+    def _twice(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Once now and once more in the backward pass, when nobody counts what was counted."""
+        again = self.self_attn.uncounted()
+        made: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=lambda: (nullcontext(), again))
+        return made
 
     def linears(self) -> Iterator[tuple[nn.Module, str]]:
         """(parent, name) of each Linear, in the kernel's order."""
@@ -184,6 +198,8 @@ class Block(nn.Module):
             gate_up_bias=mlp.joined.bias,
             down=down.weight,
             down_bias=down.bias,
+            sinks=getattr(attention, "sinks", None),
+            average=getattr(attention, "alpha_ma", None),
         )
 
 
@@ -249,11 +265,14 @@ class Transformer(nn.Module):
         """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added."""
         for block in self.blocks:
             attention, mlp = block.self_attn, block.mlp
-            attention.joined = attention.joined or Joined(attention, ("q_proj", "k_proj", "v_proj"))
+            sides = ("q_proj", "k_proj", "v_proj", *attention.gates)
+            attention.joined = attention.joined or Joined(attention, sides)
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
         if native.built() and self.device.type == "cpu" and self.at_once is None:
-            weights = [block.weights() for block in self.blocks]
-            self.at_once = Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps)
+            weights, kind = [block.weights() for block in self.blocks], self.config.attention
+            extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
+            heads, eps = self.config.heads, self.config.norm_eps
+            self.at_once = Blocks(weights, heads=heads, eps=eps, extras=extras)
 
     def _linears(self) -> list[nn.Module]:
         """Those of all blocks that may wear adapters, in the kernel's order."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from heliostat.errors import Refused
 from heliostat.files import atomic_write_text, read_json, saving
+from heliostat.model.alpha import KEPT_WHOLE
 from heliostat.model.config import ModelConfig
 from heliostat.model.transformer import Transformer
 
@@ -98,7 +99,7 @@ def load_transformer(
     """The checkpoint in ``folder`` as a Transformer, frozen, in ``dtype``; missing or foreign tensors are refused."""
     with torch.device("meta"):
         model = Transformer(config)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
     found: dict[str, Tensor] = {}
     for name, tensor in read_tensors(weight_files(folder)):
         if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
@@ -109,7 +110,7 @@ def load_transformer(
             )
         if tuple(tensor.shape) != expected[name]:
             raise Refused(f"{folder}: {name} is {tuple(tensor.shape)}, config.json asks for {expected[name]}")
-        found[name] = tensor.to(device=device, dtype=dtype)
+        found[name] = tensor.to(device=device, dtype=format_of(name, dtype))
     missing = sorted(set(expected) - set(found))
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} tensors, the first: {', '.join(missing[:3])}")
@@ -132,11 +133,27 @@ def assemble(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
 def state_of(model: Transformer) -> dict[str, Tensor]:
     """The model's own tensors under their Hugging Face names, without adapters, tied head left out, sorted."""
     state = {
-        name.replace(".inner.", "."): p.detach()
-        for name, p in model.named_parameters()
+        name.replace(".inner.", "."): tensor.detach()
+        for name, tensor in _tensors(model)
         if ".adapters." not in name
     }
     return dict(sorted(state.items()))
+
+
+def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are saved with them."""
+    yield from model.named_parameters()
+    yield from ((name, b) for name, b in model.named_buffers() if name.endswith(KEPT_WHOLE))
+
+
+def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The number format of a tensor in a checkpoint or a model of ``dtype``: averages stay float32."""
+    return torch.float32 if name.endswith(KEPT_WHOLE) else dtype
+
+
+def format_on_disk(files: Iterable[Path]) -> torch.dtype:
+    """The number format of a checkpoint: that of its first tensor that may have any."""
+    return next(tensor.dtype for name, tensor in read_tensors(files) if not name.endswith(KEPT_WHOLE))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

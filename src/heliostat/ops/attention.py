@@ -4,34 +4,75 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+ALIGNED = 8
+"""Numbers that a head grows by for its sink: kernels want widths that are multiples of it."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; ``mask`` bool, True = visible, broadcast to [B, H, T, S]."""
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; ``mask`` bool, True = visible, broadcast to [B, H, T, S].
+
+    ``sinks`` [H]: for each head the logit of one key more, that everybody sees and whose value is zero.
+    """
     dtype = q.dtype
     if q.device.type == "cpu":
         # torch's fused kernel on a CPU (2.13, avx512_bf16) is slower in bfloat16 than in float32: a little in long
         # forwards, 3-5 times in backwards and in decode steps of few queries. Copying to float32 costs less.
         with torch.autocast("cpu", enabled=False):
-            return _fused(q.float(), k.float(), v.float(), mask, causal).to(dtype)
-    return _fused(q, k.to(dtype), v.to(dtype), mask, causal)
+            return _with_sinks(q.float(), k.float(), v.float(), mask, causal, sinks).to(dtype)
+    return _with_sinks(q, k.to(dtype), v.to(dtype), mask, causal, sinks)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sinks: Tensor | None
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5
+    if sinks is None:
+        return _fused(q, k, v, mask, causal, scale)
+    # One number more in every head: queries carry their sink's logit there, and only the first key asks for it.
+    width = q.shape[-1]
+    logits = (sinks.float() / scale).to(q.dtype)[:, None].expand(*q.shape[:3], 1)
+    q = torch.cat([q, logits, logits.new_zeros(*q.shape[:3], ALIGNED - 1)], -1)
+    k, v = (pad(each, (0, ALIGNED, 0, 0, 1, 0)) for each in (k, v))
+    k[:, 0, :, width] = 1
+    if mask is not None:
+        mask = pad(mask, (1, 0), value=True)
+    if causal:  # a query more as well, so that each sees the first key and those up to its own
+        q = pad(q, (0, 0, 0, 0, 1, 0))
+    out = _fused(q, k, v, mask, causal, scale)
+    return out[:, int(causal) :, :, :width]
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=causal,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The twin of ``attention``, written out, in float32."""
     groups = q.shape[2] // k.shape[2]
@@ -41,4 +82,8 @@ def plain_attention(
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).to(q.dtype)
+    if sinks is not None:
+        more = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, more], -1)
+    chances = scores.softmax(-1)[..., : k.shape[1]]
+    return torch.einsum("bhts,bshd->bthd", chances, v).to(q.dtype)

@@ -26,12 +26,14 @@ class RowPages:
     """[T], at least 1."""
 
 
-Body = Callable[[Tensor, Tensor, Tensor, RowPages], Tensor]
+Body = Callable[[Tensor, Tensor, Tensor, RowPages, Tensor | None], Tensor]
 
 
-def row_attention(q: Tensor, keys: Tensor, values: Tensor, rows: RowPages) -> Tensor:
-    """q [T, H, D] over pages [P, S, K, D] -> [T, H, D], by the fastest body that there is."""
-    return body_for(q, keys)(q, keys, values, rows)
+def row_attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: RowPages, sinks: Tensor | None = None
+) -> Tensor:
+    """q [T, H, D] over pages [P, S, K, D] -> [T, H, D], by the fastest body that there is; ``sinks`` [H]."""
+    return body_for(q, keys)(q, keys, values, rows, sinks)
 
 
 def body_for(q: Tensor, keys: Tensor) -> Body:
@@ -46,7 +48,9 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def native_rows(q: Tensor, keys: Tensor, values: Tensor, rows: RowPages) -> Tensor:
+def native_rows(
+    q: Tensor, keys: Tensor, values: Tensor, rows: RowPages, sinks: Tensor | None = None
+) -> Tensor:
     """By the compiled kernel of a CPU."""
     count, wide = rows.pages.shape
     starts = torch.arange(count + 1)
@@ -57,24 +61,30 @@ def native_rows(q: Tensor, keys: Tensor, values: Tensor, rows: RowPages) -> Tens
         pages=rows.pages.flatten(),
         page_starts=starts[:-1] * wide,
     )
-    return native.attend(q, keys, values, entries=entries)
+    return native.attend(q, keys, values, entries=entries, sinks=sinks)
 
 
-def triton_rows(q: Tensor, keys: Tensor, values: Tensor, rows: RowPages) -> Tensor:
+def triton_rows(
+    q: Tensor, keys: Tensor, values: Tensor, rows: RowPages, sinks: Tensor | None = None
+) -> Tensor:
     """By the Triton kernel."""
     from heliostat.ops.triton_attention import attend
 
-    return attend(q, keys, values, rows.pages, rows.visible)
+    return attend(q, keys, values, rows.pages, rows.visible, sinks)
 
 
-def torch_rows(q: Tensor, keys: Tensor, values: Tensor, rows: RowPages) -> Tensor:
+def torch_rows(
+    q: Tensor, keys: Tensor, values: Tensor, rows: RowPages, sinks: Tensor | None = None
+) -> Tensor:
     """By torch, over pages that are gathered first."""
-    return grouped_attention(q, keys, values, [_group(rows)])
+    return grouped_attention(q, keys, values, [_group(rows)], sinks)
 
 
-def plain_rows(q: Tensor, keys: Tensor, values: Tensor, rows: RowPages) -> Tensor:
+def plain_rows(
+    q: Tensor, keys: Tensor, values: Tensor, rows: RowPages, sinks: Tensor | None = None
+) -> Tensor:
     """The twin of all: one row at a time."""
-    return plain_paged_attention(q, keys, values, [_group(rows)])
+    return plain_paged_attention(q, keys, values, [_group(rows)], sinks)
 
 
 def _group(rows: RowPages) -> PagedGroup:

@@ -45,8 +45,10 @@ class PagedGroup:
     written: int = 0  # so many positions some query of each request sees; fewer is right too, but slower
 
 
-def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup]) -> Tensor:
-    """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; every row of q is in exactly one group.
+def grouped_attention(
+    q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup], sinks: Tensor | None = None
+) -> Tensor:
+    """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; every row of q is in exactly one group. ``sinks`` [H].
 
     Pages are gathered once per request, whatever the number of its rows. What lies beyond the positions that a
     request sees may be anything: pages come back with what was in them, NaN too, which no mask would keep out.
@@ -61,16 +63,19 @@ def grouped_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[
         k[:, group.written :].masked_fill_(beyond, 0)  # copies: the pages stay as they are
         v[:, group.written :].masked_fill_(beyond, 0)
         mask = places < group.visible[..., None]  # [G, R, N*S]
-        out[group.rows] = attention(q[group.rows], k, v, mask[:, None])
+        out[group.rows] = attention(q[group.rows], k, v, mask[:, None], sinks=sinks)
     return out
 
 
-def plain_paged_attention(q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup]) -> Tensor:
+def plain_paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, groups: Sequence[PagedGroup], sinks: Tensor | None = None
+) -> Tensor:
     """The twin of ``grouped_attention`` and of the compiled kernel: one row at a time."""
     out = torch.empty_like(q)
     for group in groups:
         for rows, pages, visible in zip(group.rows, group.pages, group.visible, strict=True):
             k, v = keys[pages].flatten(0, 1)[None], values[pages].flatten(0, 1)[None]
             for row, count in zip(rows.tolist(), visible.tolist(), strict=True):
-                out[row] = plain_attention(q[row][None, None], k[:, :count], v[:, :count])[0, 0]
+                seen = k[:, :count], v[:, :count]
+                out[row] = plain_attention(q[row][None, None], *seen, sinks=sinks)[0, 0]
     return out

@@ -76,10 +76,13 @@ def _kernel(  # type: ignore[no-untyped-def]  # triton reads its arguments, not 
     tl.store(sums + to, most + tl.log(whole), mask=each < queries)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, visible: Tensor) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, visible: Tensor, sinks: Tensor | None = None
+) -> Tensor:
     """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; row t sees positions [0, visible[t]) of pages[t] ([T, N]).
 
-    Shapes alone decide what is launched, so it can be captured in a graph.
+    ``sinks`` [H] go in by the log-sums: what a head says shrinks by the share that its sink has. Shapes alone decide
+    what is launched, so it can be captured in a graph.
     """
     rows, heads, width = q.shape
     slots, kv_heads = keys.shape[1:3]
@@ -111,6 +114,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, pages: Tensor, visible: Tens
         # What fits bfloat16 or float16 fits tf32 as well: tensor cores round nothing of it.
         precision="ieee" if keys.dtype == torch.float32 else "tf32",
     )
-    if parts == 1:
-        return out[:, 0].to(q.dtype)
-    return (out * sums.softmax(1)[..., None]).sum(1).to(q.dtype)
+    said = out[:, 0] if parts == 1 else (out * sums.softmax(1)[..., None]).sum(1)
+    if sinks is not None:
+        said = said * (sums.logsumexp(1) - sinks.float()).sigmoid()[..., None]
+    return said.to(q.dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heliostat.errors import Refused
 from heliostat.files import atomic_directory, atomic_write_text, read_json
@@ -33,7 +33,7 @@ class Progress:
 
 def save(
     folder: Path,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
@@ -43,6 +43,7 @@ def save(
 ) -> Path:
     """Write ``checkpoint-<step>`` under ``folder`` atomically, then drop all but the newest ``keep``.
 
+    ``parameters``: and whatever else moves; what the optimizer does not know has no moments.
     ``writes``: whether this process does; where tensors are parted among several, the others only give their parts.
     """
     target = Path(folder) / f"checkpoint-{progress.step:08}"
@@ -75,7 +76,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def resume(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, identity: str
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, *, identity: str
 ) -> Progress:
     """Load the newest checkpoint into parameters and optimizer; a fresh Progress where there is none.
 
@@ -132,7 +133,7 @@ def _read_state(path: Path) -> tuple[Progress, str]:
         raise Refused(f"{path / STATE} is damaged: {error!r}") from error
 
 
-def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}|{key}": value.detach().reshape(-1) if value.dim() == 0 else whole(value.detach())
         for name, parameter in parameters.items()
@@ -142,7 +143,7 @@ def _moments(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Opti
 
 
 def _restore(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]
 ) -> None:
     for name_and_key, value in saved.items():
         name, _, key = name_and_key.rpartition("|")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,6 +122,15 @@ class Run:
     watch: Watch
     evaluate: Callable[[], Mapping[str, float]] | None = None
     ranks: Ranks = ALONE
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that move without a gradient and are saved with the parameters."""
+    after: Callable[[], None] = lambda: None
+    """Is called once after every optimizer step, whatever the number of its micro-batches."""
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds but the optimizer."""
+        return {**self.parameters, **self.buffers}
 
     def fit(self, *, resume: bool = True) -> Progress:
         """Run to the last step, from the newest checkpoint where there is one. Ctrl-C saves, then raises Interrupted."""
@@ -129,7 +138,7 @@ class Run:
         optimizer = make_optimizer(self.parameters, self.settings)
         progress = Progress()
         if resume:
-            progress = checkpoint.resume(self.folder, self.parameters, optimizer, identity=self.identity)
+            progress = checkpoint.resume(self.folder, self.kept, optimizer, identity=self.identity)
         elif self.ranks.first:  # or the next one to go on would find them
             for old in checkpoint.checkpoints(self.folder):
                 checkpoint.discard(old)
@@ -148,6 +157,7 @@ class Run:
     def _advance(self, optimizer: torch.optim.Optimizer, progress: Progress) -> Progress:
         micros = self.objective.micros(progress.step)
         record = take_step(micros, self.parameters, optimizer, progress.step, self.settings, ranks=self.ranks)
+        self.after()
         step = progress.step + 1
         history = progress.history
         last = step == self.settings.steps
@@ -177,7 +187,7 @@ class Run:
     def _save(self, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         checkpoint.save(
             self.folder,
-            self.parameters,
+            self.kept,
             optimizer,
             progress,
             identity=self.identity,

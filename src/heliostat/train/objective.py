@@ -13,6 +13,7 @@ from heliostat.family import Row
 from heliostat.model.seam import Causal
 from heliostat.model.transformer import Tape
 from heliostat.train.data import Batches, Example
+from heliostat.train.distil import divergence
 from heliostat.train.dropbp import Dropping
 from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.sharing import Layout, lay_out, log_probabilities, speak, to_device
@@ -60,13 +61,6 @@ class MemberMicro:
             hidden = self.teacher.model(self.whole, positions, Causal(), self.teacher.route)
             example, position = self.layout.where.unbind(1)
             return self.teacher.model.logits(hidden[example, position]).float()
-
-
-def divergence(taught: Tensor, logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence (nats) from teacher to learner, both logits [N, V], summed over N."""
-    return torch.nn.functional.kl_div(
-        logits.log_softmax(-1), taught.log_softmax(-1), reduction="sum", log_target=True
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,28 +16,40 @@ import torch
 from heliostat.build import best_dtype, device_named
 from heliostat.errors import Refused
 from heliostat.files import atomic_directory, atomic_write_text, locked
+from heliostat.model.alpha import KEPT_WHOLE, settle
+from heliostat.model.attention_kind import KEY, PREFIX
 from heliostat.model.config import config_json, parse_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import save_checkpoint, state_of
-from heliostat.tasks import corpus
-from heliostat.tasks import tokenizer as made
-from heliostat.train import checkpoint
-from heliostat.train.data import document_ids
-from heliostat.train.formats import Record, read_jsonl
+from heliostat.model.weights import format_of, save_checkpoint, state_of
+from heliostat.plot import lines
+from heliostat.train import checkpoint, step_log
+from heliostat.train.distil import Teacher, load_teacher
 from heliostat.train.loop import Run, Watch
 from heliostat.train.pretrain_recipe import PretrainRecipe, SettledPretraining
+from heliostat.train.pretrain_text import read_rows, tokenizer_folder
+from heliostat.train.ranks import ALONE, Ranks
 from heliostat.train.settings import identity_of, settings_of
 from heliostat.train.spellings import to_yaml
+from heliostat.train.step_log import logging_steps, read_steps
 from heliostat.train.text import PackedRows, TextObjective, text_loss
 from heliostat.train.track import check_tracker, tracking
-from heliostat.train.watch import draw_loss
+from heliostat.train.watch import Silent, draw_loss
 
-EMBEDDED = "embedded"
-HELD_OUT_SHARE = 0.01
-MOST_TOKENS = 16_000_000
-"""Tokens of the built-in corpus that are made at most; a longer run reads them again."""
-TOKENIZER_TEXTS = 20_000
+History = tuple[Mapping[str, Any], ...]
+MOST_NATS = 100.0
+"""Losses above count as this in a perplexity, which would not be a number."""
+FREE = (
+    "output_dir",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "eval_steps",
+    "device",
+    "data_parallel",
+)
+"""Arguments that may change between the parts of one run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +67,12 @@ def pretrain(
     *,
     watching: Callable[[SettledPretraining], AbstractContextManager[Watch]],
     echo: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Pretrained:
     """Run a recipe to its end; an unfinished run of the same recipe goes on.
 
-    Checkpoints, log and picture lie in ``<output_dir>.run``. Raises Refused for data or shapes that do not fit.
+    Checkpoints, logs and pictures lie in ``<output_dir>.run``. Raises Refused for data or shapes that do not fit. Of
+    several ``ranks`` each calls this; the first one writes, tells and is watched.
     """
     device = device_named(recipe.device)
     settled = recipe.resolve(bf16=best_dtype(device) is torch.bfloat16, device=device)
@@ -67,27 +82,89 @@ def pretrain(
         raise Refused(f"{out} is already there; choose another output_dir, or remove it first")
     run_folder = out.with_name(f"{out.name}.run")
     run_folder.mkdir(parents=True, exist_ok=True)
-    with locked(run_folder / "run.lock", wait=False):
-        tokenizer_folder = _tokenizer(settled, run_folder)
-        tokenizer = Tokenizer.load(tokenizer_folder)
-        rows, held_out = _rows(settled, tokenizer, echo)
-        model = new_model(settled, max(tokenizer.size, settled.vocab_size)).to(device)
-        with watching(settled) as watch, tracking(settled, watch, run_folder, out.name, tell=echo) as both:
-            history = _run(settled, model, rows, held_out, run_folder, tokenizer.digest, both)
-        _write(settled, model, tokenizer_folder, out)
-        atomic_write_text(run_folder / "recipe.yaml", to_yaml(settled))
-        draw_loss(history, run_folder / "loss.svg", title=f"pretraining {out.name}")
-        for old in checkpoint.checkpoints(run_folder):
-            checkpoint.discard(old)
-    return Pretrained(out, history, model.config.parameters, settled.tokens_per_batch * settled.max_steps)
+    with locked(run_folder / "run.lock", wait=False) if ranks.first else nullcontext():
+        if ranks.first:
+            tokenizer_folder(settled, run_folder)
+        ranks.wait()
+        work = _prepare(settled, run_folder, echo if ranks.first else _unheard, ranks)
+        history = _watched(work, watching, echo)
+        ranks.gather([work.model])
+        if ranks.first:
+            _finish(work, history, out)
+        ranks.wait()
+    tokens = settled.tokens_per_batch * settled.max_steps * ranks.count
+    return Pretrained(out, history, work.model.config.parameters, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A run that is ready to begin."""
+
+    recipe: SettledPretraining
+    run_folder: Path
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    model: Transformer
+    rows: PackedRows
+    held_out: PackedRows
+    teacher: Teacher | None
+    ranks: Ranks
+
+
+def _prepare(recipe: SettledPretraining, run_folder: Path, echo: Callable[[str], None], ranks: Ranks) -> Work:
+    folder = tokenizer_folder(recipe, run_folder)
+    tokenizer = Tokenizer.load(folder)
+    teacher = _teacher(recipe, tokenizer)
+    taught = teacher.model.config.vocabulary if teacher is not None else 0
+    model = new_model(recipe, taught or max(tokenizer.size, recipe.vocab_size)).to(recipe.device)
+    rows, held_out = read_rows(recipe, tokenizer, echo)
+    return Work(recipe, run_folder, tokenizer, folder, model, rows, held_out, teacher, ranks)
+
+
+def _teacher(recipe: SettledPretraining, tokenizer: Tokenizer) -> Teacher | None:
+    if recipe.teacher is None or recipe.distill_weight is None or recipe.distill_temperature is None:
+        return None
+    return load_teacher(
+        Path(recipe.teacher),
+        tokenizer,
+        weight=recipe.distill_weight,
+        temperature=recipe.distill_temperature,
+        dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+        device=recipe.device,
+        length=recipe.max_length,
+    )
+
+
+def _watched(
+    work: Work,
+    watching: Callable[[SettledPretraining], AbstractContextManager[Watch]],
+    echo: Callable[[str], None],
+) -> History:
+    """The run, seen by who looks on, by a tracker and by the log of steps; only in the first process."""
+    if not work.ranks.first:
+        return _run(work, Silent())
+    folder = work.run_folder
+    with (
+        watching(work.recipe) as watch,
+        tracking(work.recipe, watch, folder, Path(work.recipe.output_dir).name, tell=echo) as both,
+        logging_steps(both, folder / step_log.NAME) as all_of_them,
+    ):
+        return _run(work, all_of_them)
+
+
+def _unheard(line: str) -> None:
+    """What only the first process says."""
 
 
 def new_model(recipe: SettledPretraining, vocabulary: int) -> Transformer:
-    """A fresh model of the recipe's shape: matrices normal by their input width, branches' ends smaller with depth."""
+    """A fresh model of the recipe's shape: matrices normal by their input width, branches' ends smaller with depth.
+
+    What a model begins with at zero stays there.
+    """
     torch.manual_seed(recipe.seed)
     model = Transformer(parse_config(shape_of(recipe, vocabulary)))
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2 or not parameter.any():
             continue
         spread = 0.02 if "embed_tokens" in name or "lm_head" in name else parameter.shape[1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -98,8 +175,11 @@ def new_model(recipe: SettledPretraining, vocabulary: int) -> Transformer:
 
 def shape_of(recipe: SettledPretraining, vocabulary: int) -> dict[str, Any]:
     """The recipe's shape as config.json says it."""
+    kind = recipe.attention_kind
+    own = {} if kind.plain else {"model_type": PREFIX + recipe.architecture, KEY: kind.to_json()}
     return {
         "model_type": recipe.architecture,
+        **own,
         "vocab_size": vocabulary,
         "hidden_size": recipe.hidden_size,
         "num_hidden_layers": recipe.num_hidden_layers,
@@ -115,141 +195,66 @@ def shape_of(recipe: SettledPretraining, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _run(
-    recipe: SettledPretraining,
-    model: Transformer,
-    rows: PackedRows,
-    held_out: PackedRows,
-    folder: Path,
-    tokenizer: str,
-    watch: Watch,
-) -> tuple[Mapping[str, Any], ...]:
+def _run(work: Work, watch: Watch) -> History:
+    recipe, folder, model = work.recipe, work.run_folder, work.model
+    parameters = work.ranks.spread([model], dict(model.named_parameters()))
     objective = TextObjective(
-        model, rows, recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps, recipe.seed
+        model,
+        work.rows,
+        recipe.per_device_train_batch_size,
+        recipe.gradient_accumulation_steps,
+        recipe.seed,
+        work.teacher,
+        work.ranks,
     )
     model.checkpointing = recipe.gradient_checkpointing
-    ignored = {
-        "output_dir",
-        "logging_steps",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "eval_steps",
-        "device",
-    }
-    data = hashlib.sha256(rows.ids.numpy().data).hexdigest()
-    # report_to as runs say that were begun before it could be anything else.
-    facts = {"tokenizer": tokenizer, "rows": data, "report_to": "none"}
-    identity = identity_of(recipe.model_dump(exclude=ignored) | facts)
 
     def judge() -> dict[str, float]:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
-            return {"loss": text_loss(model, held_out)}
+            loss = text_loss(model, work.held_out)
+        return {"loss": loss, "perplexity": math.exp(min(loss, MOST_NATS))}
 
     settings = settings_of(recipe, steps=recipe.max_steps, warmup=recipe.warmup_steps())
     if recipe.resume_from_checkpoint is True and not checkpoint.checkpoints(folder):
         raise Refused(f"--resume-from-checkpoint true, but {folder} holds no checkpoint")
-    run = Run(objective, dict(model.named_parameters()), settings, folder, identity, watch, judge)
+    run = Run(objective, parameters, settings, folder, _identity(work), watch, judge, work.ranks)
+    run.buffers = {name: b for name, b in model.named_buffers() if name.endswith(KEPT_WHOLE)}
+    run.after = lambda: settle(model, work.ranks.summed)
     return run.fit(resume=recipe.resume_from_checkpoint is not False).history
 
 
-def _tokenizer(recipe: SettledPretraining, run_folder: Path) -> Path:
-    """The folder of the tokenizer: the given one, or one trained now and kept with the run."""
-    if recipe.tokenizer is not None:
-        return Path(recipe.tokenizer)
-    folder = run_folder / "tokenizer"
-    if not folder.exists():
-        texts = None if recipe.data == (EMBEDDED,) else _texts(recipe)
-        with atomic_directory(folder) as partial:
-            trained = made.train(vocabulary=recipe.vocab_size, texts=texts)
-            made.save(trained, partial, max_length=recipe.max_position_embeddings)
-    return folder
+def _identity(work: Work) -> str:
+    """By tokenizer, rows, teacher and all arguments but those that may change between the parts of a run."""
+    data = hashlib.sha256(work.rows.ids.numpy().data)
+    data.update(work.rows.documents.numpy().data)
+    facts = {
+        "tokenizer": work.tokenizer.digest,
+        "rows": data.hexdigest(),
+        "report_to": "none",
+        **({"teacher_digest": work.teacher.digest} if work.teacher is not None else {}),
+        **({} if work.ranks.alone else {"processes": work.ranks.count}),
+    }
+    return identity_of(work.recipe.model_dump(exclude=set(FREE)) | facts)
 
 
-def _texts(recipe: SettledPretraining) -> Iterator[str]:
-    for path in recipe.data:
-        if path == EMBEDDED:
-            yield from (corpus.rendered(d) for d in corpus.documents(recipe.seed, TOKENIZER_TEXTS))
-        elif path.endswith(".jsonl"):
-            for record in read_jsonl(path).records:
-                yield record.text or "\n".join(turn.content for turn in record.turns)
-        else:
-            yield from paragraphs(Path(path))
+def _finish(work: Work, history: History, out: Path) -> None:
+    """The checkpoint of the new base, then its recipe and pictures; the run's own checkpoints go."""
+    folder = work.run_folder
+    _write(work.model, work.tokenizer_folder, out)
+    atomic_write_text(folder / "recipe.yaml", to_yaml(work.recipe))
+    draw_loss(history, folder / "loss.svg", title=f"pretraining {out.name}")
+    norms = [(r["step"], r["grad_norm"]) for r in read_steps(folder / step_log.NAME)]
+    picture = lines(
+        {"gradient": norms}, title="Norm of the gradient, before it is clipped", x="step", y="norm"
+    )
+    atomic_write_text(folder / "gradient.svg", picture)
+    for old in checkpoint.checkpoints(folder):
+        checkpoint.discard(old)
 
 
-def paragraphs(path: Path) -> list[str]:
-    """A text file cut at empty lines; refused, by name and position, where it is not UTF-8."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise Refused(f"{path} is missing") from error
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path} is not UTF-8: byte at position {error.start}") from error
-    found = [part.strip() for part in text.split("\n\n") if part.strip()]
-    if not found:
-        raise Refused(f"{path} holds no text")
-    return found
-
-
-def _rows(
-    recipe: SettledPretraining, tokenizer: Tokenizer, echo: Callable[[str], None]
-) -> tuple[PackedRows, PackedRows]:
-    """Rows to learn from and rows held out."""
-    documents: list[list[int]] = []
-    for path in recipe.data:
-        documents += _embedded(recipe, tokenizer) if path == EMBEDDED else _from_file(path, tokenizer)
-    if recipe.eval_data is not None:
-        held_out = _from_file(recipe.eval_data, tokenizer)
-    else:
-        documents, held_out = _parted(documents)
-    rows = PackedRows.of(documents, recipe.max_length)
-    echo(f"{len(documents):,} documents, {rows.ids.numel():,} tokens in rows of {recipe.max_length}")
-    return rows, PackedRows.of(held_out, min(recipe.max_length, sum(map(len, held_out))))
-
-
-def _parted(documents: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """What is learned and what is held out: whole documents, or the end of the only one."""
-    if len(documents) == 1:
-        cut = max(2, round(len(documents[0]) * HELD_OUT_SHARE))  # of one token nothing is spoken
-        return [documents[0][:-cut]], [documents[0][-cut:]]
-    cut = max(1, round(len(documents) * HELD_OUT_SHARE))
-    return documents[cut:], documents[:cut]
-
-
-def _embedded(recipe: SettledPretraining, tokenizer: Tokenizer) -> list[list[int]]:
-    """The built-in corpus: as much as the run reads, up to MOST_TOKENS."""
-    wanted = min(MOST_TOKENS, round(1.02 * recipe.max_steps * recipe.tokens_per_batch))
-    documents: list[list[int]] = []
-    seen = 0
-    stream = corpus.documents(recipe.seed, wanted)
-    while seen < wanted:
-        texts = [corpus.rendered(next(stream)) for _ in range(4096)]
-        batch = [e.ids for e in tokenizer.backend.encode_batch(texts, add_special_tokens=False)]
-        documents, seen = documents + batch, seen + sum(map(len, batch))
-    return documents
-
-
-def _from_file(path: str, tokenizer: Tokenizer) -> list[list[int]]:
-    if not path.endswith(".jsonl"):
-        return [document_ids(Record(text=part), tokenizer) for part in paragraphs(Path(path))]
-    found = []
-    for record in read_jsonl(path).records:
-        try:
-            found.append(_document(record, tokenizer))
-        except Refused as reason:
-            raise Refused(f"{path}:{record.line}: {reason}") from reason
-    return found
-
-
-def _document(record: Record, tokenizer: Tokenizer) -> list[int]:
-    """A text, or a conversation as its template writes it."""
-    if record.text is not None:
-        return document_ids(record, tokenizer)
-    return tokenizer.encode(tokenizer.render([t.message for t in record.turns], generation=False))
-
-
-def _write(recipe: SettledPretraining, model: Transformer, tokenizer_folder: Path, out: Path) -> None:
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in state_of(model).items()}
+def _write(model: Transformer, tokenizer_folder: Path, out: Path) -> None:
+    own = state_of(model)
+    state = {name: tensor.to(format_of(name, torch.bfloat16)) for name, tensor in own.items()}
     with atomic_directory(out) as partial:
         config = config_json(model.config)
         for file in sorted(tokenizer_folder.iterdir()):

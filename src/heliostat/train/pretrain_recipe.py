@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from heliostat.errors import Refused
+from heliostat.model.attention_kind import NAMES, AttentionKind
 from heliostat.train.recipe import Auto, Count, Pace, Paths, Positive, Scheduler, Share, Weight, filled_in
+
+Attention = Literal["softmax", "sink", "gated", "affine", "affine+gated"]
+_WITH_TEACHER = ("distill_weight", "distill_temperature")
+_WITH_AFFINE = ("n", "alpha")
 
 
 class PretrainRecipe(Pace):
@@ -18,13 +24,30 @@ class PretrainRecipe(Pace):
     data: Paths = ("embedded",)
     """Text: files of plain UTF-8 text, jsonl of the kinds `train` reads, or embedded: the built-in corpus."""
     eval_data: str | None = None
-    """Held-out text; none: a small part of data is held out."""
+    """Held-out text; none: eval_share of the data is held out."""
+    eval_share: float = Field(0.01, gt=0, lt=1)
+    """Share of the documents of each file that is held out where there is no eval_data."""
+    document: Literal["paragraph", "file"] = "paragraph"
+    """What a document of a plain text file is: what stands between empty lines, or the whole file."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json; none: a byte-level BPE of vocab_size is trained on the data."""
+    """Folder with tokenizer.json; none: the teacher's, or a byte-level BPE of vocab_size is trained on the data."""
+    teacher: str | None = None
+    """Folder of a model with the same tokenizer, whose distribution of every next token is learned beside the text."""
+    distill_weight: Annotated[float, Field(ge=0, le=1)] | Auto | None = "auto"
+    """With a teacher: its share of the loss, the text's own is the rest; auto: 0.5."""
+    distill_temperature: Positive | Auto | None = "auto"
+    """With a teacher: both distributions are compared at this temperature; auto: 1."""
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     """Family of models whose layout is made."""
+    attention: Attention = "softmax"
+    """How a query reads values: softmax; sink: with a learned logit that reads nothing; gated: each head times a sigmoid of
+    its input; affine: softmax scaled per token and head, plus a share of all values; affine+gated: both."""
+    n: Literal["visible", "fixed"] | Auto | None = "auto"
+    """With affine attention, what the sum of values is divided by: the tokens seen, or max_length always; auto: visible."""
+    alpha: Literal["learned", "constant"] | Auto | None = "auto"
+    """With affine attention, its scale: a function of the token, or 0.5 always (a control); auto: learned."""
     vocab_size: int = Field(1024, ge=260)
-    """Tokens of the tokenizer that is trained; with a tokenizer of its own, rows of the embedding."""
+    """Tokens of the tokenizer that is trained; with a given one, rows of the embedding; with a teacher, as it has."""
     hidden_size: int = Field(192, ge=8)
     """Width of the model."""
     num_hidden_layers: Count = 6
@@ -58,6 +81,24 @@ class PretrainRecipe(Pace):
     adam_beta2: Share = 0.95
     """Decay of AdamW's mean of squared gradients."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_tokenizer(cls, values: Any) -> Any:
+        """``tokenizer: {train: {vocab_size: N}}`` says in one place what else takes two arguments."""
+        asked = values.get("tokenizer")
+        if not isinstance(asked, dict):
+            return values
+        inner = asked.get("train")
+        if set(asked) != {"train"} or not isinstance(inner, dict) or set(inner) != {"vocab_size"}:
+            raise Refused(f"tokenizer is {asked!r}; it must be a folder, or {{train: {{vocab_size: N}}}}")
+        if values.get("vocab_size", inner["vocab_size"]) != inner["vocab_size"]:
+            raise Refused(
+                f"vocab_size is {values['vocab_size']}, and tokenizer says {inner['vocab_size']}: keep one"
+            )
+        if values.get("teacher"):
+            raise Refused("tokenizer: one is trained, and a teacher's must be the same: leave tokenizer out")
+        return {**values, "tokenizer": None, "vocab_size": inner["vocab_size"]}
+
     @model_validator(mode="after")
     def _agree(self) -> PretrainRecipe:
         heads, width = self.num_attention_heads, self.hidden_size
@@ -74,7 +115,21 @@ class PretrainRecipe(Pace):
             raise Refused(
                 f"max_length {self.max_length}: above max_position_embeddings {self.max_position_embeddings}"
             )
+        self._refuse_idle(_WITH_TEACHER, self.teacher is not None, "for a teacher only, and there is none")
+        affine = "affine" in NAMES[self.attention]
+        self._refuse_idle(
+            _WITH_AFFINE, affine, f"for affine attention only, and attention is {self.attention}"
+        )
+        if self.n == "fixed" and self.max_position_embeddings > self.max_length:
+            raise Refused(
+                f"n fixed: values are divided by max_length {self.max_length}, so no longer text was ever trained: "
+                f"say max_position_embeddings {self.max_length}, or n visible"
+            )
         return self
+
+    def _refuse_idle(self, names: Sequence[str], used: bool, why: str) -> None:
+        if not used and (given := [name for name in names if getattr(self, name) not in ("auto", None)]):
+            raise Refused(f"{', '.join(given)}: {why}; drop it")
 
     @property
     def tokens_per_batch(self) -> int:
@@ -87,7 +142,16 @@ class PretrainRecipe(Pace):
 
     def resolve(self, *, bf16: bool, device: str = "cpu") -> SettledPretraining:
         """The same recipe with every `auto` a value; ``bf16``: whether ``device`` is fast at it."""
-        settled = {"bf16": bf16, "device": device, "head_dim": self.hidden_size // self.num_attention_heads}
+        affine = "affine" in NAMES[self.attention]
+        settled = {
+            "n": "visible" if affine else None,
+            "alpha": "learned" if affine else None,
+            "bf16": bf16,
+            "device": device,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+            "distill_weight": 0.5 if self.teacher is not None else None,
+            "distill_temperature": 1.0 if self.teacher is not None else None,
+        }
         return SettledPretraining(**filled_in(self, settled))
 
 
@@ -96,3 +160,16 @@ class SettledPretraining(PretrainRecipe):
 
     bf16: bool
     head_dim: Count
+    n: Literal["visible", "fixed"] | None
+    alpha: Literal["learned", "constant"] | None
+    distill_weight: Annotated[float, Field(ge=0, le=1)] | None
+    distill_temperature: Positive | None
+
+    @property
+    def attention_kind(self) -> AttentionKind:
+        """The kind of attention as the model's config has it; where N is fixed it is max_length."""
+        if self.n is None or self.alpha is None:
+            return AttentionKind(self.attention)
+        return AttentionKind(
+            self.attention, self.n, self.max_length if self.n == "fixed" else None, self.alpha
+        )

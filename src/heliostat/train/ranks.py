@@ -1,4 +1,4 @@
-"""The processes that train one member together: each takes its share of every batch, and all take the same step.
+"""The processes that train one model together: each takes its share of every batch, and all take the same step.
 
 Two ways: ``ddp`` keeps everything in every process and adds up gradients; ``fsdp`` (torch's FSDP2) also parts weights,
 gradients and moments, whole modules and frozen ones alike, and puts a block together while it runs. One process is no
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from heliostat.build import device_named
 from heliostat.errors import Refused
 from heliostat.model.transformer import Transformer
-from heliostat.train.recipe import Recipe
+from heliostat.train.recipe import Pace
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Pace)
 MEETING = "HELIOSTAT_MEETING"
 """Environment: a file by which processes of `--processes` find each other; torchrun has its own way."""
 PATIENCE = timedelta(minutes=30)
@@ -69,6 +70,12 @@ class Ranks:
         if not self.alone:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
 
     def agree(self, wish: bool) -> bool:
         """Whether any process wishes it."""
@@ -168,7 +175,7 @@ def wanted() -> int:
     return int(text)
 
 
-def joined(recipe: Recipe) -> tuple[Recipe, Ranks]:
+def joined(recipe: P) -> tuple[P, Ranks]:
     """Meet the other processes that this one was started with, where there are any; the meeting ends with `left`.
 
     Returns the recipe for this process, which on a GPU names one of its own.

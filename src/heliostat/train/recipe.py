@@ -124,6 +124,8 @@ class Pace(BaseModel):
     """Where metrics go beside log.jsonl and the loss curve: nowhere else, or to a tracker (an extra to install)."""
     device: str = Field("auto", min_length=1)
     """Where it computes: cpu, cuda or cuda:N; auto: cuda where torch sees one, else cpu."""
+    data_parallel: Literal["fsdp", "ddp"] = "fsdp"
+    """With several processes: fsdp parts weights and moments among them, too; ddp keeps all of them in each."""
     resume_from_checkpoint: bool | Auto = "auto"
     """auto: go on with an unfinished run of this recipe; true: refuse to begin anew; false: begin anew."""
 
@@ -172,8 +174,6 @@ class Recipe(Pace):
     """Share of the residual branches' backward pass that is left out, by DropBP; 0: none."""
     dropbp_rates: Literal["sensitivity", "uniform"] = "sensitivity"
     """Which branches dropbp leaves out: the least sensitive most often, measured after a tenth of the run, or all alike."""
-    data_parallel: Literal["fsdp", "ddp"] = "fsdp"
-    """With several processes: fsdp parts weights and moments among them, too; ddp keeps all of them in each."""
     num_train_epochs: Positive = 1.0
     """Times the data are gone through."""
     max_steps: int = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from heliostat.errors import Refused
 from heliostat.model.seam import Masked
 from heliostat.model.transformer import Transformer
+from heliostat.train.distil import Teacher
+from heliostat.train.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,10 @@ class PackedRows:
     def of(cls, documents: Sequence[Sequence[int]], length: int) -> PackedRows:
         """Rows of ``length`` tokens; a document that crosses a border goes on in the next row; the rest is left out."""
         lengths = torch.tensor([len(d) for d in documents])
-        flat = torch.tensor([token for document in documents for token in document], dtype=torch.int32)
+        tokens = array("i")
+        for document in documents:
+            tokens.extend(document)
+        flat = torch.frombuffer(tokens, dtype=torch.int32) if tokens else torch.zeros(0, dtype=torch.int32)
         count = flat.numel() // length
         if count == 0:
             raise Refused(f"the text has {flat.numel()} tokens, less than one row of max_length {length}")
@@ -50,6 +56,7 @@ class TextMicro:
     ids: Tensor  # [B, T]
     documents: Tensor  # [B, T]
     positions: Tensor  # [B, T]
+    teacher: Teacher | None = None
 
     @property
     def inside(self) -> Tensor:
@@ -65,12 +72,18 @@ class TextMicro:
         return self.ids.numel()
 
     def loss(self) -> Tensor:
-        """Summed negative log-likelihood of the next tokens (nats)."""
-        ids = self.ids.long()
-        hidden = self.model(ids, self.positions, Masked.documents(self.documents))
-        inside = self.inside
-        logits = self.model.logits(hidden[:, :-1][inside]).float()
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:][inside], reduction="sum")
+        """Summed negative log-likelihood of the next tokens (nats), with a teacher mixed with what it says of them."""
+        logits, targets = self._said(self.model), self.ids.long()[:, 1:][self.inside]
+        if self.teacher is None:
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+        with torch.no_grad():
+            taught = self._said(self.teacher.model)
+        return self.teacher.loss(logits, targets, taught)
+
+    def _said(self, model: Transformer) -> Tensor:
+        """A model's logits [N, V] float32 wherever a next token is to be said; no document sees another."""
+        hidden = model(self.ids.long(), self.positions, Masked.documents(self.documents))
+        return model.logits(hidden[:, :-1][self.inside]).float()
 
 
 @dataclass(slots=True)
@@ -82,20 +95,20 @@ class TextObjective:
     batch: int
     accumulation: int
     seed: int
+    teacher: Teacher | None = None
+    ranks: Ranks = ALONE
 
     def micros(self, step: int) -> list[TextMicro]:
-        """The ``accumulation`` micro-batches of ``batch`` rows of a step."""
+        """The ``accumulation`` micro-batches of ``batch`` rows of a step; of several processes each has its own."""
         size = self.batch * self.accumulation
-        picked = self._order(step * size, size)
-        device = self.model.device
-        parts = [picked[i : i + self.batch] for i in range(0, size, self.batch)]
-        return [
-            TextMicro(
-                self.model,
-                *(t[part].to(device) for t in (self.rows.ids, self.rows.documents, self.rows.positions)),
-            )
-            for part in parts
-        ]
+        together = size * self.ranks.count
+        picked = self._order(step * together, together)[self.ranks.number :: self.ranks.count]
+        return [self._micro(picked[i : i + self.batch]) for i in range(0, size, self.batch)]
+
+    def _micro(self, part: Tensor) -> TextMicro:
+        rows, device = self.rows, self.model.device
+        tensors = (t[part].to(device) for t in (rows.ids, rows.documents, rows.positions))
+        return TextMicro(self.model, *tensors, self.teacher)
 
     def _order(self, start: int, size: int) -> Tensor:
         count, picked = self.rows.ids.shape[0], []

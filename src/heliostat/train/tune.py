@@ -22,7 +22,7 @@ from heliostat.build import (
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS, Family, Member, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.model.weights import read_tensors, save_checkpoint, state_of, weight_files
+from heliostat.model.weights import format_of, format_on_disk, save_checkpoint, state_of, weight_files
 from heliostat.train import checkpoint
 from heliostat.train.adapting import keep_columns, save_own
 from heliostat.train.evaluate import accuracy_in_training
@@ -227,8 +227,9 @@ def _save_own(job: Job, target: Path) -> None:
     base = module_folder(job.folder, job.family.module(BASE))
     if job.recipe.adapts:
         return save_own(target, job.modules[job.own], job.recipe)
-    kind = next(read_tensors(weight_files(base)))[1].dtype  # as the base is stored
-    state = {name: tensor.to(kind) for name, tensor in state_of(job.modules[job.own].model).items()}
+    kind = format_on_disk(weight_files(base))
+    own = state_of(job.modules[job.own].model)
+    state = {name: tensor.to(format_of(name, kind)) for name, tensor in own.items()}
     save_checkpoint(target, state, read_json(base / "config.json"))
 
 

@@ -2,19 +2,21 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import heliostat.llm
-from heliostat.build import load_modules, load_tokenizer, modules_of, read_family
+from heliostat.build import init_family, load_modules, load_tokenizer, modules_of, read_family
 from heliostat.engine import ledger as made
 from heliostat.engine.ledger import MIB, Ledger, available_memory, ledger_of, weights_of
 from heliostat.engine.paged import PagePool
 from heliostat.engine.plan import plan_around
 from heliostat.errors import Refused
 from heliostat.llm import LLM
+from heliostat.model.weights import state_of
 
 ALL = ["base", "solo", "math", "code", "plan"]
 
@@ -49,6 +51,20 @@ def test_pages_are_those_of_the_pool_and_the_sum_is_the_sum(tiny_family: Path) -
     assert dict(found.lines)["10 pages of keys and values"] == pool.keys.nbytes + pool.values.nbytes
     assert found.total == sum(size for _, size in found.lines)
     assert ledger(tiny_family, ["base"], pages=20).total > found.total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_and_averages_are_counted(
+    dtype: torch.dtype, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    family = tmp_path / "fam"
+    init_family(family, make_checkpoint(model_type="heliostat_llama", attention={"kind": "affine"}))
+    model = load_modules(family, read_family(family), ["base"], dtype=dtype)["base"].model
+    pool = PagePool(model.config, pages=10, page_size=16, dtype=dtype)
+    lines = dict(ledger(family, ["base"], dtype).lines)
+    assert pool.sums.nbytes == 10 * 2 * 2 * 8 * 4
+    assert lines["10 pages of keys and values"] == pool.keys.nbytes + pool.values.nbytes + pool.sums.nbytes
+    assert lines["weights of base"] == sum(t.nbytes for t in state_of(model).values())
 
 
 def test_only_heads_are_read(tiny_family: Path) -> None:

@@ -68,6 +68,24 @@ def test_pages_do_not_touch_each_other(made: Made) -> None:
         assert content(one, page) == [bytes([page * 8 + n] * 32) for n in range(FORM.slices)]
 
 
+def test_a_tail_is_part_of_its_page(made: Made) -> None:
+    form = Form(pages=5, slices=2, slice_bytes=32, tail_bytes=24)
+    one, two = made("one", form=form), made("two", form=Form(7, 2, 32, 24))
+    for page in range(form.pages):
+        fill(one, page, page * 8)
+    assert Store.look(one.name).form == form and form.page_bytes == 88
+    for page in range(form.pages):
+        assert content(one, page) == [bytes([page * 8 + n] * size) for n, size in enumerate((32, 32, 24))]
+    offer = promise(one, 4)
+    one.content[form.pages * 64 + 4 * 24] ^= 1
+    fetch = Fetch(Shelves().look(one.name), two, offer)
+    with pytest.raises(Gone):
+        fetch.bring(0, 6)
+    one.content[form.pages * 64 + 4 * 24] ^= 1
+    fetch.bring(0, 6)
+    assert content(two, 6) == content(one, 4)
+
+
 def test_promised_pages_are_fetched(made: Made) -> None:
     one, two = made("one"), made("two", form=Form(9, 4, 32))
     fill(one, 1, 10)

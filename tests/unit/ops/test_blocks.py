@@ -14,8 +14,10 @@ from heliostat.linear.lora import Route, adapter_of, add_adapter, remove_adapter
 from heliostat.linear.paca import columns_of, settle
 from heliostat.model.config import parse_config
 from heliostat.model.transformer import Transformer
+from heliostat.model.weights import assemble, format_of, state_of
 from heliostat.ops import native
 from heliostat.ops.native.blocks import Laid
+from heliostat.ops.running import Running
 
 pytestmark = pytest.mark.skipif(not native.built(), reason="the compiled kernels do not run here")
 SHAPE = {
@@ -33,12 +35,23 @@ ROWS, PAGE = 21, 4
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def model_of(kind: str, dtype: torch.dtype) -> Transformer:
+def model_of(kind: str, dtype: torch.dtype, attention: dict[str, object] | None = None) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(parse_config(SHAPE | {"model_type": kind}))
+    own = (
+        {"model_type": kind}
+        if attention is None
+        else {"model_type": f"heliostat_{kind}", "attention": attention}
+    )
+    config = parse_config(SHAPE | own)
+    model = Transformer(config)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-    model = model.to(dtype).requires_grad_(False)
+        nn.init.normal_(parameter, mean=float("norm" in name), std=2.0 if name.endswith("sinks") else 0.2)
+    # As a checkpoint is loaded: averages stay float32.
+    state = {name: tensor.to(format_of(name, dtype)) for name, tensor in state_of(model).items()}
+    for name in state:
+        if name.endswith("alpha_ma"):
+            state[name] = torch.linspace(0.2, 0.9, 4)
+    model = assemble(config, state)
     model.join()
     return model
 
@@ -53,18 +66,24 @@ def seam_of(model: Transformer, *, laid: bool) -> Paged:
     visible = torch.cat((torch.arange(1, first + 1), torch.tensor([1, 2, 3, 3])))
     starts, page_starts = torch.tensor([0, first, ROWS]), torch.tensor([0, 5])
     entries = native.Ragged(torch.arange(ROWS), visible, starts, pages, page_starts)
-    everything = Laid(pool.keys, pool.values, writes, slots, entries) if laid else None
+    filled = torch.tensor([-1, 3, 3, 0, 0, 7, 7, 2])
+    everything = Laid(pool.keys, pool.values, writes, slots, entries, pool.sums, filled) if laid else None
     ask = partial(native.attend, entries=entries)
-    return Paged(pool, writes=writes, slots=slots, ask=ask, laid=everything)
+    listed = [
+        (range(first), pages[:5].tolist(), visible[:first].tolist()),
+        (range(first, ROWS), [6], [1, 2, 3, 3]),
+    ]
+    running = partial(Running.of_entries, listed, [(-1, [3, 0, 7, 2])], page_size=PAGE, device=pages.device)
+    return Paged(pool, writes=writes, slots=slots, ask=ask, laid=everything, running=running)
 
 
-def run(model: Transformer, *, laid: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states, and the keys that were written."""
+def run(model: Transformer, *, laid: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, and the keys and sums that were written."""
     ids = torch.arange(ROWS)
     positions = torch.cat((torch.arange(17), torch.tensor([0, 1, 2, 2])))
     seam = seam_of(model, laid=laid)
     with torch.inference_mode():
-        return model(ids, positions, seam), seam.pool.keys
+        return model(ids, positions, seam), seam.pool.keys, seam.pool.sums
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -76,8 +95,34 @@ def test_at_once_is_one_by_one(kind: str, dtype: torch.dtype, tolerance: float) 
         torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
 
 
+KINDS: list[dict[str, object]] = [
+    {"kind": "affine"},
+    {"kind": "affine", "n": "fixed", "length": 64},
+    {"kind": "affine", "alpha": "constant"},
+    {"kind": "affine+gated"},
+    {"kind": "gated"},
+    {"kind": "sink"},
+]
+
+
+@pytest.mark.parametrize("attention", KINDS, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_at_once_is_one_by_one_for_every_kind(
+    attention: dict[str, object], dtype: torch.dtype, tolerance: float
+) -> None:
+    model = model_of("llama", dtype, attention)
+    assert model.at_once is not None
+    got, want = run(model, laid=True), run(model, laid=False)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+    assert (got[2].numel() > 0) == model.config.attention.affine
+    softmax = run(model_of("llama", dtype), laid=True)
+    assert (softmax[0].float() - got[0].float()).abs().max() > 0.1  # another function, so the test can fail
+
+
 def test_a_number_of_threads_changes_no_bit() -> None:
-    model, threads, found = model_of("llama", torch.bfloat16), torch.get_num_threads(), []
+    model = model_of("llama", torch.bfloat16, {"kind": "affine+gated"})
+    threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -87,9 +132,11 @@ def test_a_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def adapted(kind: str, dtype: torch.dtype, *, r: int = 2) -> Transformer:
+def adapted(
+    kind: str, dtype: torch.dtype, *, r: int = 2, attention: dict[str, object] | None = None
+) -> Transformer:
     """Two low-rank adapters on different Linears, and tuned columns."""
-    model = model_of(kind, dtype)
+    model = model_of(kind, dtype, attention)
     for name, targets in (("one", ALL), ("two", ("q_proj", "down_proj"))):
         add_adapter(model, name, r=r if name == "one" else 2 * r, alpha=4, targets=targets)
         for part in adapter_of(model, name).values():
@@ -122,6 +169,14 @@ def test_adapters_at_once_are_the_loop(kind: str, r: int, dtype: torch.dtype, to
         torch.testing.assert_close(at_once, loop, rtol=tolerance, atol=tolerance)
         assert not torch.allclose(at_once[-1], bare[-1].float(), atol=0.05)
     assert torch.equal(worn(model, MIXED, laid=True)[:3], bare[:3]), "who wears nothing is not touched"
+
+
+@pytest.mark.parametrize("attention", [{"kind": "affine+gated"}, {"kind": "sink"}])
+def test_adapters_at_once_are_the_loop_in_other_kinds_of_attention(attention: dict[str, object]) -> None:
+    model = adapted("llama", torch.float32, attention=attention)
+    at_once, loop = (worn(model, MIXED, laid=laid) for laid in (True, False))
+    assert model.wardrobe(MIXED, model._linears, torch.float32, rows=ROWS)
+    torch.testing.assert_close(at_once, loop, rtol=1e-4, atol=1e-4)
 
 
 def test_a_number_of_threads_changes_no_bit_of_rows_with_adapters() -> None:

@@ -66,9 +66,14 @@ def made(
 def test_every_body_is_the_plain_twin(body: Body, shape: dict[str, int]) -> None:
     for seed in range(3):
         q, keys, values, rows = made(seed, **shape)
-        want = plain_rows(q, keys, values, rows)
+        sinks = (
+            None
+            if seed == 0
+            else 4.0 * torch.randn(q.shape[1], generator=torch.Generator().manual_seed(seed))
+        )
+        want = plain_rows(q, keys, values, rows, sinks)
         assert want.isfinite().all()
-        torch.testing.assert_close(body(q, keys, values, rows), want, rtol=0, atol=2e-5)
+        torch.testing.assert_close(body(q, keys, values, rows, sinks), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("body", there)

@@ -42,8 +42,10 @@ def test_grouped_is_plain(made: tuple[list[PagedGroup], int], heads: tuple[int, 
     groups, rows = made
     q = some((rows, heads[0], 8), seed)
     keys, values = (some((6, 4, heads[1], 8), seed + i) for i in (1, 2))
-    got, want = grouped_attention(q, keys, values, groups), plain_paged_attention(q, keys, values, groups)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    for sinks in (None, 4 * some((heads[0],), seed + 3)):
+        got = grouped_attention(q, keys, values, groups, sinks)
+        want = plain_paged_attention(q, keys, values, groups, sinks)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def test_what_lies_in_a_page_beyond_what_is_visible_does_not_matter() -> None:
@@ -99,10 +101,11 @@ def test_the_kernel_is_plain(
     keys, values = (some((6, slots, heads[1], width), seed + i, dtype) for i in (1, 2))
     for group in groups:
         group.visible.mul_(slots).floor_divide_(4)
-    with torch.inference_mode():
-        got = native.attend(q, keys, values, ragged(groups))
-    want = plain_paged_attention(q, keys, values, groups)
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+    for sinks in (None, 8 * some((heads[0],), seed + 3, dtype), torch.full((heads[0],), 300.0, dtype=dtype)):
+        with torch.inference_mode():
+            got = native.attend(q, keys, values, ragged(groups), sinks)
+        want = plain_paged_attention(q, keys, values, groups, sinks)
+        torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
 
 
 @pytest.mark.skipif(not native.built(), reason="the compiled kernels do not run here")

@@ -53,8 +53,9 @@ def test_it_counts_what_is_really_trained_and_run(
         {"model_type": "qwen3", "head_dim": 8},
         {"model_type": "qwen2", "tie_word_embeddings": False},
         {"num_key_value_heads": 4, "num_hidden_layers": 1, "head_dim": 16},
+        {"model_type": "heliostat_llama", "attention": {"kind": "affine+gated"}},
     ],
-    ids=["norms", "biases", "heads"],
+    ids=["norms", "biases", "heads", "affine"],
 )
 def test_other_shapes_are_counted_as_well(
     make_checkpoint: Callable[..., Path], tiny_data: Path, tmp_path: Path, shape: dict[str, Any]

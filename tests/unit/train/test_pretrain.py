@@ -1,6 +1,7 @@
 """A base from scratch: texts in, an ordinary checkpoint out that transformers reads alike; runs that were cut go on."""
 
 import json
+import math
 import os
 import signal
 from contextlib import nullcontext
@@ -18,8 +19,11 @@ from heliostat.model.seam import Causal
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import read_tensors, weight_files
 from heliostat.train.loop import Interrupted
-from heliostat.train.pretrain import Pretrained, new_model, paragraphs, pretrain
+from heliostat.train.pretrain import Pretrained, new_model, pretrain
 from heliostat.train.pretrain_recipe import PretrainRecipe
+from heliostat.train.recipe import Recipe
+from heliostat.train.step_log import read_steps
+from heliostat.train.tune import tune
 from heliostat.train.watch import Silent
 
 SUMS = "\n\n".join(f"{a} and {b} is {a + b}" for a in range(12) for b in range(5))
@@ -95,6 +99,37 @@ def test_two_texts_become_a_base_that_transformers_reads_alike(
     assert LLM(tmp_path / "fam", dtype="float32", cache_mib=4).generate("3 and 4", max_tokens=2)
 
 
+@pytest.mark.parametrize("kind", ["sink", "gated", "affine", "affine+gated"])
+def test_a_base_of_another_attention_is_a_base_like_any_other(
+    texts: tuple[str, str], tmp_path: Path, tiny_data: Path, kind: str
+) -> None:
+    result = run(recipe(tmp_path / "base", *texts, attention=kind, max_steps=2, max_length=64))
+    family = init_family(tmp_path / "fam", result.folder)
+    assert family.module("base").parameters == result.parameters
+    values: dict[str, Any] = {"family": str(tmp_path / "fam"), "data": str(tiny_data), "max_steps": 1}
+    tune(
+        Recipe(member="m", sharing="sun", max_length=64, bf16=False, **values),
+        watching=lambda job: nullcontext(Silent()),
+    )
+    llm = LLM(tmp_path / "fam", dtype="float32", cache_mib=4)
+    assert len(llm.generate(["3 and 4", "add 2"], member=["base", "m"], max_tokens=3)) == 2
+
+
+def test_a_teacher_is_learned_from(texts: tuple[str, str], tmp_path: Path) -> None:
+    teacher = run(recipe(tmp_path / "teacher", *texts, max_steps=30, attention="affine"))
+    before = (teacher.folder / "model.safetensors").read_bytes()
+    more: dict[str, Any] = {"teacher": str(teacher.folder), "distill_temperature": 2.0}
+    pupil = run(recipe(tmp_path / "pupil", *texts, **more, max_steps=8, distill_weight=0.9, eval_share=0.2))
+    assert (teacher.folder / "model.safetensors").read_bytes() == before
+    assert (pupil.folder / "tokenizer.json").read_bytes() == (teacher.folder / "tokenizer.json").read_bytes()
+    last = pupil.history[-1]
+    assert last["eval_perplexity"] == pytest.approx(math.exp(last["eval_loss"]))
+    assert last["loss"] < pupil.history[0]["loss"]
+    with pytest.raises(Refused, match="has another tokenizer"):
+        other = run(recipe(tmp_path / "other", *texts, max_steps=1, vocab_size=300))
+        run(recipe(tmp_path / "no", *texts, teacher=str(teacher.folder), tokenizer=str(other.folder)))
+
+
 def test_records_are_learned_as_well(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     items = [{"prompt": f"add {a} and {b}", "completion": str(a + b)} for a in range(5) for b in range(5)]
@@ -149,8 +184,33 @@ def test_a_cut_run_goes_on_and_ends_as_if_it_had_not_been(texts: tuple[str, str]
     one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("cut", "whole"))
     assert one == two
     left = {p.name for p in (tmp_path / "cut.run").iterdir()}
-    assert {"log.jsonl", "loss.svg", "recipe.yaml"} <= left
+    assert {"log.jsonl", "steps.jsonl", "loss.svg", "gradient.svg", "recipe.yaml"} <= left
     assert not any("checkpoint" in name or "partial" in name for name in left)
+
+
+@pytest.mark.parametrize("kind", ["affine+gated", "sink"])
+def test_a_cut_run_of_another_attention_goes_on_to_the_bit(
+    texts: tuple[str, str], tmp_path: Path, kind: str
+) -> None:
+    """Averages of alpha go on from the checkpoint; every step stands in the log once; checkpoints count nothing twice."""
+    more = {"attention": kind, "save_steps": 2, "gradient_accumulation_steps": 2, "logging_steps": 4}
+    with pytest.raises(Interrupted):
+        run(recipe(tmp_path / "cut", *texts, **more), Impatient())
+    resumed = run(recipe(tmp_path / "cut", *texts, **more))
+    whole = run(recipe(tmp_path / "whole", *texts, **more, gradient_checkpointing=False))
+    logs = [read_steps(tmp_path / f"{name}.run" / "steps.jsonl") for name in ("cut", "whole")]
+    assert [r["step"] for r in logs[0]] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert [r[key] for r in logs[0]] == [r[key] for r in logs[1]]
+    states = [dict(read_tensors(weight_files(made.folder))) for made in (resumed, whole)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    again = run(recipe(tmp_path / "again", *texts, **more, gradient_checkpointing=True))
+    averages = {n: t for n, t in read_tensors(weight_files(again.folder)) if n.endswith("alpha_ma")}
+    assert len(averages) == (2 if kind != "sink" else 0)
+    for name, tensor in averages.items():  # what is computed twice is counted once
+        assert tensor.dtype == torch.float32 and float(tensor.min()) > 0 and float(tensor.max()) < 1
+        torch.testing.assert_close(tensor, states[1][name], atol=1e-5, rtol=0)
 
 
 def test_another_text_is_another_run(texts: tuple[str, str], tmp_path: Path) -> None:
@@ -175,7 +235,7 @@ def test_an_output_that_exists_is_not_written_over(texts: tuple[str, str], tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"good until h\xe9re", "data.txt is not UTF-8: byte at position 12"),
+        (b"good until h\xe9re", "data.txt:1: not UTF-8: byte 0xe9 at position 12"),
         (b"", "data.txt holds no text"),
         (b" \n\n \n", "data.txt holds no text"),
         (None, "data.txt is missing"),
@@ -196,11 +256,6 @@ def test_wishes_that_cannot_be_met(texts: tuple[str, str], tmp_path: Path) -> No
         run(recipe(tmp_path / "base", *texts, resume_from_checkpoint=True))
     with pytest.raises(Refused):
         run(recipe(tmp_path / "base", *texts, tokenizer=str(tmp_path / "nowhere")))
-
-
-def test_paragraphs_are_cut_at_empty_lines(texts: tuple[str, str]) -> None:
-    assert paragraphs(Path(texts[0])) == SUMS.split("\n\n")
-    assert paragraphs(Path(texts[1]))[1] == "the word b comes before bs\n and  after  that"
 
 
 def test_a_record_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, tiny_base: Path) -> None:

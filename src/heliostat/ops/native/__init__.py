@@ -25,7 +25,7 @@ _ARGUMENTS = {
     "rotate": [_POINTER, _COUNT, _POINTER, _POINTER] + [_COUNT] * 3,
     "gated": [_POINTER] * 2 + [_COUNT] * 2,
     "write_pages": [_POINTER] * 2 + [_COUNT] * 2 + [_POINTER] * 2 + [_COUNT] + [_POINTER] * 2 + [_COUNT],
-    "attend": [_POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 4 + [_NUMBER],
+    "attend": [_POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 4 + [_NUMBER, _POINTER],
     "blocks": [_POINTER],
     "best": [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER],
 }
@@ -164,13 +164,13 @@ class Ragged:
         return Entries(*map(_at, lists), self.page_starts.numel())
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, entries: Ragged) -> Tensor:
-    """q [T, H, D] (rows contiguous) over pages [P, S, K, D] -> [T, H, D]."""
+def attend(q: Tensor, keys: Tensor, values: Tensor, entries: Ragged, sinks: Tensor | None = None) -> Tensor:
+    """q [T, H, D] (rows contiguous) over pages [P, S, K, D] -> [T, H, D]; ``sinks`` [H] in q's number format."""
     out = q.new_empty(q.shape)
     _, slots, kv_heads, width = keys.shape
     assert width <= WIDEST_HEAD, width  # the kernel's buffers end there
     where = (_at(q), q.stride(0), _at(keys), _at(values), _at(out), ctypes.byref(entries.laid()))
-    _call("attend", q, *where, q.shape[1], kv_heads, width, slots, width**-0.5)
+    _call("attend", q, *where, q.shape[1], kv_heads, width, slots, width**-0.5, _at(sinks))
     return out
 
 

@@ -4,6 +4,7 @@
 
 #include <omp.h>
 
+#include "mixing.h"
 #include "pages.h"
 #include "products.h"
 #include "rows.h"
@@ -15,7 +16,8 @@ namespace {
 template <class T>
 struct Weights {
   const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down,
-      *down_bias;
+      *down_bias, *sinks;
+  const float* average;  // of alpha
 };
 
 struct Shape {
@@ -38,8 +40,11 @@ struct Blocks {
   const Worn<T>* worn;  // [adapters]: who wears which; rows that wear none are in none of them
   int64_t adapters, ranks;  // the highest rank
   float eps;
+  Mixing mixing;
 
-  int64_t qkv_width() const { return (shape.heads + 2 * shape.kv_heads) * shape.head_width; }
+  int64_t qkv_width() const {
+    return (shape.heads + 2 * shape.kv_heads) * shape.head_width + mixing.gates() * shape.heads;
+  }
 
   void product(const T* from, const T* w, const T* bias, const T* residual, T* out, int64_t outputs,
                int64_t inputs) const {
@@ -84,9 +89,13 @@ struct Blocks {
     turn(qkv, own);
     write_pages(qkv + q_width, qkv + q_width + kv_width, qkv_width(), qkv_width(), write_rows, write_slots, writes, k, v,
                 kv_width);
+    const Mixed<T> mixed{mixing, own.average, qkv + q_width + 2 * kv_width, qkv_width(), v, entries, layer,
+                         shape.heads, shape.kv_heads, d, shape.slots};
+    mixed.fill();
     Attention<T>{qkv, qkv_width(), k, v, said, entries, shape.heads, shape.kv_heads, d, shape.slots,
-                 1.0f / __builtin_sqrtf(static_cast<float>(d))}
+                 1.0f / __builtin_sqrtf(static_cast<float>(d)), own.sinks}
         .run(tasks);
+    mixed.finish(said);
     product(said, own.o, own.o_bias, x, x, shape.width, q_width);
     wear(layer, 3, said, q_width, x, shape.width, &shape.width, 1);
 

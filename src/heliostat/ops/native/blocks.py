@@ -24,8 +24,11 @@ PARTS = (
     "gate_up_bias",
     "down",
     "down_bias",
+    "sinks",
+    "average",
 )
-"""The weights of a block in the kernel's order: products of one input joined, norms of heads and biases where there are."""
+"""The weights of a block in the kernel's order: products of one input joined; norms of heads, biases, sinks and the
+average of alpha (float32) where there are."""
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The Linears of a block that may wear adapters, in the kernel's order."""
@@ -69,6 +72,15 @@ class _Shape(ctypes.Structure):
     ]
 
 
+class _Mixing(ctypes.Structure):
+    _fields_ = [
+        ("sums", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("page_numbers", "layer_numbers")),
+        ("filled", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("fills", "length", "learned", "gated")),
+    ]
+
+
 class _Blocks(ctypes.Structure):
     _fields_ = [
         ("shape", _Shape),
@@ -81,6 +93,7 @@ class _Blocks(ctypes.Structure):
         ("worn", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("adapters", "ranks")),
         ("eps", ctypes.c_float),
+        ("mixing", _Mixing),
     ]
 
 
@@ -93,6 +106,23 @@ class Laid:
     writes: Tensor  # [W] rows of the pass that write, int64
     slots: Tensor  # [W] where to: page * S + place, int64
     entries: native.Ragged
+    sums: Tensor | None = None  # [L, P, K, D] float32: running sums of the values, where attention needs them
+    filled: Tensor | None = (
+        None  # [2 M] pages that are full after the pass, each behind the page before it or -1
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What attention has beside softmax; its sinks and averages are among the weights."""
+
+    affine: bool = False
+    length: int = 0
+    """N where it is fixed."""
+    learned: bool = False
+    """Whether alpha's logits stand behind queries, keys and values in their product: one number a head."""
+    gated: bool = False
+    """Whether the gates' logits do, behind those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +182,14 @@ Worn = Sequence[tuple[Dress, int, int]]
 class Blocks:
     """The blocks of one model; its weights stay where they are. Not for two threads at once: they share its room."""
 
-    def __init__(self, weights: Sequence[dict[str, Tensor | None]], *, heads: int, eps: float) -> None:
+    def __init__(
+        self,
+        weights: Sequence[dict[str, Tensor | None]],
+        *,
+        heads: int,
+        eps: float,
+        extras: Extras = Extras(),
+    ) -> None:
         """``weights``: for each layer a tensor or None for each of PARTS, all of one dtype, contiguous, on the CPU."""
         self._weights, first = weights, weights[0]  # held, so that the addresses stay good
         at = [[None if (part := own[name]) is None else part.data_ptr() for name in PARTS] for own in weights]
@@ -160,10 +197,11 @@ class Blocks:
         qkv, o, down = first["qkv"], first["o"], first["down"]
         assert qkv is not None and o is not None and down is not None
         head_width = o.shape[1] // heads
-        kv_heads = (qkv.shape[0] - o.shape[1]) // head_width // 2
+        gates = (extras.learned + extras.gated) * heads
+        kv_heads = (qkv.shape[0] - gates - o.shape[1]) // head_width // 2
         self._sizes = (len(weights), qkv.shape[1], heads, kv_heads, head_width, down.shape[1])
         self._numbers = qkv.shape[1] + qkv.shape[0] + o.shape[1] + 3 * down.shape[1]
-        self._room, self._eps = qkv.new_empty(0), eps
+        self._room, self._eps, self._extras = qkv.new_empty(0), eps, extras
 
     def serves(self, x: Tensor, laid: Laid) -> bool:
         """Whether this can run: rows x [T, E] and pages of the weights' number format, no gradient wanted."""
@@ -183,8 +221,17 @@ class Blocks:
         at = [part.data_ptr() for part in parts]
         wearing = (_Worn * len(worn))(*((dress.at, start, stop) for dress, start, stop in worn))
         adapters = (ctypes.addressof(wearing), len(worn), ranks)
-        asked = (laid.writes.numel(), laid.entries.laid(), *adapters, self._eps)
+        asked = (laid.writes.numel(), laid.entries.laid(), *adapters, self._eps, self._mixing(laid))
         native.run_blocks(x, _Blocks(shape, ctypes.addressof(self._at), rows, *at, *asked))
+
+    def _mixing(self, laid: Laid) -> _Mixing:
+        own, sums, filled = self._extras, laid.sums, laid.filled
+        rest = (own.length, own.learned, own.gated)
+        if not own.affine:
+            return _Mixing(None, 0, 0, None, 0, *rest)
+        assert sums is not None and filled is not None, "attention is affine and nobody keeps its sums"
+        strides = (sums.stride(1), sums.stride(0))
+        return _Mixing(sums.data_ptr(), *strides, filled.data_ptr(), filled.numel() // 2, *rest)
 
 
 def weights_of(**parts: Tensor | None) -> dict[str, Tensor | None]:

@@ -30,8 +30,9 @@
   }                                                                                                                  \
   extern "C" void attend_##kind(const T* q, int64_t q_stride, const T* keys, const T* values, T* out,                \
                                 const Entries* entries, int64_t heads, int64_t kv_heads, int64_t width,              \
-                                int64_t slots, float scale) {                                                        \
-    const Attention<T> attention{q, q_stride, keys, values, out, *entries, heads, kv_heads, width, slots, scale};    \
+                                int64_t slots, float scale, const T* sinks) {                                        \
+    const Attention<T> attention{q,     q_stride, keys,  values, out,   *entries,                                    \
+                                 heads, kv_heads, width, slots,  scale, sinks};                                      \
     const auto tasks = tasks_of(*entries, heads, kv_heads, omp_get_max_threads());                                   \
     _Pragma("omp parallel") attention.run(tasks);                                                                    \
   }                                                                                                                  \

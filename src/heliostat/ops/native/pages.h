@@ -64,6 +64,7 @@ struct Tile {
   int64_t width;
   float scale;
   float highest[TILE];
+  float sink[TILE];  // -inf where there is none
   alignas(64) float total[TILE][SLOTS];
   alignas(64) float chance[TILE][SLOTS];
   alignas(64) float sum[TILE * WIDEST];
@@ -201,9 +202,15 @@ struct Tile {
     }
   }
 
+  // What the sink adds to the softmax's sum; where it is far above all scores, nothing else counts.
+  float drained(int q) const {
+    const float above = sink[q] - highest[q];
+    return above > 0 ? __builtin_expf(above) : _mm512_cvtss_f32(exponential(_mm512_set1_ps(above)));
+  }
+
   void end() {
     for (int q = 0; q < count; ++q) {
-      const f32v all = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(total[q])));
+      const f32v all = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_load_ps(total[q])) + drained(q));
       for (int64_t v = 0; v < vectors(); ++v)
         store(out[q] + 16 * v, _mm512_div_ps(_mm512_load_ps(sum_of(q) + 16 * v), all), mask(v));
     }
@@ -220,6 +227,7 @@ struct Attention {
   Entries entries;
   int64_t heads, kv_heads, width, slots;
   float scale;
+  const T* sinks;  // [heads]: of each a logit more, without a value; or null
 
   template <int V>
   void fill(Tile<T, V>& tile, const Task& task, int64_t kv_head) const {
@@ -230,6 +238,7 @@ struct Attention {
       const int64_t place = entries.row_starts[task.entry] + j / group, head = kv_head * group + j % group;
       tile.query[tile.count] = q + entries.rows[place] * q_stride + head * width;
       tile.out[tile.count] = out + (entries.rows[place] * heads + head) * width;
+      tile.sink[tile.count] = sinks ? to_float(sinks[head]) : -__builtin_inff();
       tile.visible[tile.count++] = entries.visible[place];
     }
     tile.begin();
