@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from heliostat.linear.codebook import coded_linears
 from heliostat.linear.joined import Joined
 from heliostat.linear.lora import Linear, Route, bare, plain_linear
 from heliostat.model.config import ModelConfig
@@ -241,7 +242,8 @@ class Transformer(nn.Module):
             attention, mlp = block.self_attn, block.mlp
             attention.joined = attention.joined or Joined(attention, ("q_proj", "k_proj", "v_proj"))
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
-        if native.built() and self.device.type == "cpu" and self.at_once is None:
+        dense = not coded_linears(self)
+        if native.built() and self.device.type == "cpu" and self.at_once is None and dense:
             weights = [block.weights() for block in self.blocks]
             self.at_once = Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps)
 
