@@ -59,7 +59,7 @@ def check_family(
         family.member(name)
     if sharing is not None:
         choose(sharing, SHARINGS, what="sharing")
-    files, strangers = list(_modules(folder, family)), list(_strangers(family))
+    files, strangers = list(_modules(folder, family)), list(_strangers(folder, family))
     yield from (*files, *strangers)
     names = [name for name in names if f"member {name}" not in {finding.name for finding in strangers}]
     if not all(finding.ok for finding in files):
@@ -92,11 +92,11 @@ def _modules(folder: Path, family: Family) -> Iterator[Finding]:
             yield Finding(f"module {name}", False, str(error))
 
 
-def _strangers(family: Family) -> Iterator[Finding]:
+def _strangers(folder: Path, family: Family) -> Iterator[Finding]:
     """Members that were tuned with other weights than their rows name now."""
     for name in family.members:
         try:
-            verify_member(family, name)
+            verify_member(family, name, folder=folder)
         except Refused as error:
             yield Finding(f"member {name}", False, str(error))
 

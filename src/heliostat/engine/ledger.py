@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from heliostat.errors import Refused
 from heliostat.family import Family
 from heliostat.linear.adapter import adapter_bytes
 from heliostat.model.config import ModelConfig
+from heliostat.model.quantized import loaded_bytes, read_quantization
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import read_shapes, weight_files
 
@@ -110,7 +110,7 @@ def weights_of(
     found = [family.module(name) for name in modules]
     whole = dict.fromkeys(module.weights for module in found if module.weights not in there)
     riding = [module for module in found if module.base is not None and module.name not in there]
-    lines = [(f"weights of {name}", _size(_shapes_of(folder, family, name), dtype)) for name in whole]
+    lines = [(f"weights of {name}", _size(folder, family, name, dtype)) for name in whole]
     for module in riding:
         lines.append((f"adapter {module.name}", adapter_bytes(module_folder(folder, module), dtype)))
     return Ledger(tuple(lines))
@@ -126,8 +126,9 @@ def _shapes_of(folder: Path, family: Family, weights: str) -> dict[str, Sequence
     }
 
 
-def _size(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
-    return sum(map(math.prod, shapes.values())) * dtype.itemsize
+def _size(folder: Path, family: Family, weights: str, dtype: torch.dtype) -> int:
+    quantization = read_quantization(module_folder(folder, family.module(weights)))
+    return loaded_bytes(_shapes_of(folder, family, weights).items(), dtype, quantization)
 
 
 def _workspace(config: ModelConfig, dtype: torch.dtype, *, rows: int, tokens: int) -> int:
