@@ -97,7 +97,7 @@ class Sharing:
         return {"writer": tuple(still)} if still else {}
 
     def replaced(self, **options: str | None) -> dict[str, str]:
-        """``instantiate``'s others for the options ``writer`` and ``speaker``. Refused where the member's own plays the part."""
+        """``instantiate``'s others for the options ``writer`` and ``speaker``. Refused where no such part is frozen."""
         others: dict[str, str] = {}
         for option, module in options.items():
             if module is None:
@@ -105,7 +105,7 @@ class Sharing:
             if option not in self.frozen:
                 there = ", ".join(f"--{name}" for name in self.frozen) or "neither --speaker nor --writer"
                 raise Refused(
-                    f"{option} {module!r}: this sharing has no frozen {option} that could be another module; it takes {there}"
+                    f"{option} {module!r}: this sharing has no frozen {option} to replace; it takes {there}"
                 )
             others |= dict.fromkeys(self.frozen[option], module)
         return others

@@ -90,22 +90,12 @@ def page(
     tables: Mapping[str, Any],
     made: Mapping[str, Any],
     speed: Mapping[str, Any] | None,
-    birth: Mapping[str, Any],
+    birth: Mapping[str, Any] | None,
 ) -> str:
-    """Everything as a page."""
-    parts = [
-        "# Frozen halves in codebooks",
-        "",
-        f"Each number: mean over {len(birth['seeds'])} seeds of the share of right greedy answers to 1,000 held-out items; "
-        f"{birth['steps']} steps of 32 examples. {len(METHODS[0].rates)} learning rates were tried for each method with one",
-        "seed and judged on 300 other items. Points: difference on the same items, 95 % paired bootstrap interval. `4 bit` and",
-        "`2 bit` were tuned through the quantized module; what says `afterwards` was not tuned for it.",
-        "",
-        f"`{birth['command']}`; {birth['hardware']}; commit {birth['commit']}; {birth['date']}; "
-        + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
-        "",
-        *_modules_table(made),
-    ]
+    """What there is as a page; ``birth``: of the accuracy, None where none was measured."""
+    parts = ["# Frozen halves in codebooks", ""]
+    if birth is not None:
+        parts += [*_preface(birth), *_modules_table(made)]
     for task, table in tables.items():
         parts += [
             f"## {task}: {TASKS[task].what}",
@@ -116,6 +106,19 @@ def page(
             "",
         ]
     return "\n".join([*parts, *(_speed_table(speed) if speed is not None else [])])
+
+
+def _preface(birth: Mapping[str, Any]) -> list[str]:
+    return [
+        f"Each number: mean over {len(birth['seeds'])} seeds of the share of right greedy answers to 1,000 held-out items; "
+        f"{birth['steps']} steps of 32 examples. {len(METHODS[0].rates)} learning rates were tried for each method with one",
+        "seed and judged on 300 other items. Points: difference on the same items, 95 % paired bootstrap interval.",
+        "`4 bit` and `2 bit` were tuned through the quantized module; what says `afterwards` was not tuned for it.",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}; commit {birth['commit']}; {birth['date']}; "
+        + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
+        "",
+    ]
 
 
 def _modules_table(made: Mapping[str, Any]) -> list[str]:

@@ -50,7 +50,7 @@ class Quantization:
         atomic_write_text(Path(folder) / QUANTIZATION, json.dumps(told, indent=2) + "\n")
 
     def shapes(self, plain: Mapping[str, Sequence[int]], folder: Path) -> dict[str, tuple[int, ...]]:
-        """The tensors on disk of a model whose ``plain`` ones have these shapes. Refused where it lacks one of the Linears."""
+        """Of the tensors on disk, for a model whose ``plain`` ones have these. Refused where it lacks one of the Linears."""
         found = {name: tuple(shape) for name, shape in plain.items()}
         for path in self.linears:
             if path + WEIGHT not in found:

@@ -146,6 +146,17 @@ def _assemble_coded(
     return model
 
 
+def save_dense(source: Path, target: Path, config: ModelConfig) -> None:
+    """Write what a checkpoint in codebooks stands for as an ordinary one, in the number format of its other tensors."""
+    quantization = read_quantization(source)
+    assert quantization is not None, source
+    plain = (
+        tensor.dtype for name, tensor in read_tensors(weight_files(source)) if not quantization.is_coded(name)
+    )
+    model = load_transformer(source, config, dtype=next(plain), dense=True)
+    save_checkpoint(target, state_of(model), read_json(Path(source) / "config.json"))
+
+
 def assemble(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
     """A frozen Transformer around these tensors (no copy); tied heads are tied."""
     with torch.device("meta"):
@@ -226,7 +237,7 @@ def _digest_tensor(name: str, tensor: Tensor) -> bytes:
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
-    """What of config.json belongs to the digest: all but what changes nothing; and which Linears lie in codebooks, and how."""
+    """What of config.json belongs to the digest: all but what changes nothing; and what lies in codebooks, and how."""
     config = read_json(Path(folder) / "config.json")
     facts = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
     quantization = read_quantization(folder)

@@ -22,7 +22,7 @@ from heliostat.ops.codebook import Coded
 from heliostat.ops.codebook_format import Format
 from heliostat.ops.rope import cos_sin
 from heliostat.quantize.calibration import batches
-from heliostat.quantize.fit import Effort, Fit, error, damped, fit
+from heliostat.quantize.fit import Effort, Fit, damped, error, fit
 from heliostat.train.text import PackedRows
 
 ROWS = 8
@@ -134,7 +134,7 @@ def linears_of(block: Block) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def observed(stream: Stream, block: Block, number: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """X^T X [K, K] (float64) of the inputs of the block's Linears, by the first of those that read one; and what it makes."""
+    """X^T X [K, K] (float64) of what comes into the block's Linears, by the first of those that read it; what it makes."""
     squares: dict[str, Tensor] = {}
     hooks = []
     for path, linear in linears_of(block).items():
@@ -172,8 +172,8 @@ def _tuned(
     seed: int,
     kind: torch.dtype,
 ) -> tuple[dict[str, Coded], dict[str, Tensor], dict[str, float]]:
-    """Codebooks, scales and norms of the whole block tuned to what it made: kept where they got better, as they are stored."""
-    plain = {path: linear for path, linear in linears_of(block).items()}
+    """Codebooks, scales and norms of the block tuned to what it made, as they are stored; kept where they got better."""
+    plain = linears_of(block)
     norms = {path: part for path, part in block.named_modules() if isinstance(part, RMSNorm)}
     before = {path: norm.weight.detach().clone() for path, norm in norms.items()}
     fitted = {path: Fitted(found[path], linear.bias) for path, linear in plain.items()}

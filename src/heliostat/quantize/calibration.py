@@ -1,4 +1,4 @@
-"""Texts that a module is fitted on: records or plain text as rows of token ids, some of them held out. Bad ones are refused."""
+"""Texts that a module is fitted on: records or plain text as rows of token ids, some held out. Bad ones are refused."""
 
 from __future__ import annotations
 

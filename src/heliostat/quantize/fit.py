@@ -1,4 +1,4 @@
-"""One weight in codebooks: AQLM's procedure (arXiv 2401.06118). Codes by beam search, codebooks and scales by Adam, in turns.
+"""One weight in codebooks by AQLM's procedure (arXiv 2401.06118): beam search for codes, Adam for the rest, in turns.
 
 What is made small is ||W X - W^ X||^2 over calibration inputs X, of which only X^T X [K, K] is needed.
 """
@@ -67,7 +67,7 @@ def fit(
     format: Format,
     *,
     seed: int,
-    effort: Effort = Effort(),  # noqa: B008 - frozen
+    effort: Effort = Effort(),
     tell: Callable[[float], None] = lambda error: None,
 ) -> Fit:
     """Codes, codebooks and scales for a weight [M, K] (float32) over inputs with X^T X ``square`` [K, K].

@@ -169,7 +169,7 @@ def source_of(folder: Path, family: Family, wish: Wish) -> tuple[Module, ModelCo
 
 
 def refuse_too_large(config: ModelConfig, data: Calibration) -> None:
-    """Refuse what does not fit into memory: the module in float32, activations before and behind a block, one block's X^T X."""
+    """Refuse what does not fit into memory: the module in float32, what stands before and behind a block, its X^T X."""
     widest = max(max(sides) for sides in config.linears.values())
     inputs = sum(config.linears[name][0] ** 2 for name in ("q_proj", "o_proj", "gate_proj", "down_proj"))
     lines = (
