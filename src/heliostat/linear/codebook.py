@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from heliostat.errors import Refused
 from heliostat.linear.lora import Linear, Route
 from heliostat.ops.codebook import Coded, plain_codebook_linear
+from heliostat.ops.codebook_product import CodedProduct
 
 
 class CodebookLinear(Linear):
@@ -24,6 +25,7 @@ class CodebookLinear(Linear):
         for name in ("codes", "codebooks", "scales"):
             self.register_buffer(name, getattr(coded, name))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._product: CodedProduct | None = None
 
     @property
     def coded(self) -> Coded:
@@ -37,7 +39,17 @@ class CodebookLinear(Linear):
 
     def forward(self, x: Tensor, route: Route | None = None) -> Tensor:
         """[..., in] -> [..., out]."""
-        return plain_codebook_linear(x, self.coded, self.bias)
+        if torch.is_grad_enabled():
+            return plain_codebook_linear(x, self.coded, self.bias)
+        return self.product(x, self.bias)
+
+    @property
+    def product(self) -> CodedProduct:
+        """What runs where no gradient is wanted; made anew when the tensors are others."""
+        made = self._product
+        if made is None or made.coded.codes is not self.codes or made.coded.scales is not self.scales:
+            made = self._product = CodedProduct(self.coded)
+        return made
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.format}"
