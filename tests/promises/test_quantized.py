@@ -100,8 +100,8 @@ def test_between_workers_that_host_only_their_half(
 
     async def apart() -> None:
         first, second = (
-            make_worker(readers, tokenizer, name="prefill"),
-            make_worker(speakers, tokenizer, name="decode"),
+            make_worker(readers, tokenizer, name="prefill", credit=len(jobs)),
+            make_worker(speakers, tokenizer, name="decode", credit=len(jobs)),
         )
         found = await crowd([order_of(job, engine.digests) for job in jobs], second, first)
         for ours, theirs in zip(found, alone, strict=True):

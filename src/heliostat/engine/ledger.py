@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from heliostat.errors import Refused
 from heliostat.family import Family
 from heliostat.linear.adapter import adapter_bytes
 from heliostat.model.config import ModelConfig
-from heliostat.model.quantized import loaded_bytes, read_quantization
+from heliostat.model.quantized import copied_bytes, loaded_bytes, read_quantization
 from heliostat.model.transformer import Transformer
 from heliostat.model.weights import read_shapes, weight_files
 
@@ -110,7 +110,7 @@ def weights_of(
     found = [family.module(name) for name in modules]
     whole = dict.fromkeys(module.weights for module in found if module.weights not in there)
     riding = [module for module in found if module.base is not None and module.name not in there]
-    lines = [(f"weights of {name}", _size(folder, family, name, dtype)) for name in whole]
+    lines = [line for name in whole for line in _lines(folder, family, name, dtype)]
     for module in riding:
         lines.append((f"adapter {module.name}", adapter_bytes(module_folder(folder, module), dtype)))
     return Ledger(tuple(lines))
@@ -126,9 +126,16 @@ def _shapes_of(folder: Path, family: Family, weights: str) -> dict[str, Sequence
     }
 
 
-def _size(folder: Path, family: Family, weights: str, dtype: torch.dtype) -> int:
+def _lines(folder: Path, family: Family, weights: str, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+    """What a checkpoint takes, and what its codebooks take besides."""
     quantization = read_quantization(module_folder(folder, family.module(weights)))
-    return loaded_bytes(_shapes_of(folder, family, weights).items(), dtype, quantization)
+    shapes = _shapes_of(folder, family, weights)
+    yield f"weights of {weights}", loaded_bytes(shapes.items(), dtype, quantization)
+    if quantization is not None:
+        yield (
+            f"copies of {weights} to multiply by, at most",
+            copied_bytes(shapes.items(), dtype, quantization),
+        )
 
 
 def _workspace(config: ModelConfig, dtype: torch.dtype, *, rows: int, tokens: int) -> int:

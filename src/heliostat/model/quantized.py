@@ -106,3 +106,13 @@ def loaded_bytes(
         return 1 if name.endswith(".codes") else 2
 
     return sum(math.prod(shape) * each(name) for name, shape in shapes)
+
+
+def copied_bytes(
+    shapes: Iterable[tuple[str, Sequence[int]]], dtype: torch.dtype, quantization: Quantization
+) -> int:
+    """Bytes that come on top while it serves, at most: codes laid out for the kernel, and plain weights for many rows."""
+    shapes = [(name, shape) for name, shape in shapes if quantization.is_coded(name)]
+    codes = [shape for name, shape in shapes if name.endswith(".codes")]
+    plain = sum(outputs * segments * quantization.format.v for outputs, segments, _ in codes)
+    return loaded_bytes(shapes, dtype, quantization) + plain * dtype.itemsize

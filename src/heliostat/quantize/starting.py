@@ -110,19 +110,55 @@ def _alike(unit: Tensor) -> Tensor | None:
 
 
 def _rank_one(long: Tensor, which: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """(scales [M, G], length of each entry [256]) with scale times length nearest to ``long`` [M, S] by least squares."""
+    """(scales [M, G], length of each entry [256]) with scale times length equal to ``long`` [M, S] where that can be,
+    else near it by least squares: begun by going from group to group over the entries that they share, then in turns.
+    """
     rows, groups = long.shape[0], format.groups(long.shape[1] * format.v)
     long, which = long.double().view(rows * groups, -1), which.view(rows * groups, -1)
-    lengths = torch.ones(ENTRIES, dtype=torch.float64)
+    lengths = _passed_on(long, which)
     scales = torch.zeros(rows * groups, dtype=torch.float64)
-    for _ in range(400):
+    for _ in range(TURNS):
         worn = lengths[which]
         before, scales = scales, (long * worn).sum(1) / worn.pow(2).sum(1).clamp_min(1e-30)
-        weight = scales[:, None].expand_as(long).reshape(-1)
-        top = torch.zeros_like(lengths).index_add_(0, which.reshape(-1), weight * long.reshape(-1))
-        low = torch.zeros_like(lengths).index_add_(0, which.reshape(-1), weight.pow(2))
-        lengths = torch.where(low > 0, top / low.clamp_min(1e-30), lengths)
+        weight = scales[:, None].expand_as(long)
+        lengths = _by_entry(which, weight * long, lengths) / _by_entry(
+            which, weight.pow(2), torch.ones_like(lengths)
+        )
         if torch.allclose(before, scales, rtol=1e-9, atol=0):
             break
     size = lengths.pow(2).mean().sqrt().clamp_min(1e-30)  # entries about 1, so that 16 bits hold both
     return (scales * size).float().view(rows, groups), (lengths / size).float()
+
+
+TURNS = 50
+
+
+def _by_entry(which: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """Sums of ``values`` by entry [256]; ``otherwise`` where they come to nothing."""
+    sums = torch.zeros(ENTRIES, dtype=torch.float64).index_add_(0, which.reshape(-1), values.reshape(-1))
+    return torch.where(sums > 0, sums, otherwise)
+
+
+def _passed_on(long: Tensor, which: Tensor) -> Tensor:
+    """Lengths of the entries [256], from groups whose scale is known to entries, and from those to further groups.
+
+    ``long`` [N, vectors of a group] and ``which`` entry each is. What nothing ties to what is known begins with scale 1.
+    """
+    lengths, scales = torch.zeros(ENTRIES, dtype=torch.float64), torch.zeros(len(long), dtype=torch.float64)
+    waiting = long.sum(1) > 0
+    while waiting.any():
+        seen = (lengths[which] > 0) & waiting[:, None] & (long > 0)
+        tied = seen.any(1)
+        if tied.any():
+            ratio = torch.where(seen, long / lengths[which].clamp_min(1e-30), 0.0)
+            scales = torch.where(tied, ratio.sum(1) / seen.sum(1).clamp_min(1), scales)
+        else:
+            tied = torch.zeros_like(waiting)
+            tied[waiting.nonzero()[0]] = True
+            scales[tied] = 1.0
+        waiting = waiting & ~tied
+        known = (scales > 0)[:, None].expand_as(long).double()
+        top = _by_entry(which, known * long / scales.clamp_min(1e-30)[:, None], torch.zeros_like(lengths))
+        count = _by_entry(which, known * (long > 0), torch.ones_like(lengths))
+        lengths = torch.where(lengths > 0, lengths, top / count)
+    return torch.where(lengths > 0, lengths, 1.0)

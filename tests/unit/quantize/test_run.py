@@ -117,8 +117,9 @@ def test_bytes_are_those_of_the_tensors(low_family_made: Path) -> None:
     model = load_modules(low_family_made, family, ["low"], dtype=torch.float32)["low"].model
     held = [*model.parameters(), *(b for part in coded_linears(model).values() for b in part.buffers())]
     size = sum(t.numel() * t.element_size() for t in {id(t): t for t in held}.values())
-    (line,) = weights_of(low_family_made, family, ["low"], dtype=torch.float32).lines
-    assert line == ("weights of low", size)
+    line, copies = weights_of(low_family_made, family, ["low"], dtype=torch.float32).lines
+    plain = sum(part.in_features * part.out_features for part in coded_linears(model).values())
+    assert line == ("weights of low", size) and copies[1] > 4 * plain
     facts = {m.name: m for m in survey(low_family_made, family).modules}["low"]
     assert facts.bytes == size and facts.quantization == "m1v4g32" and "bits" in facts.kind
     assert facts.bits is not None and facts.bits > 2
@@ -242,7 +243,7 @@ def test_members_are_tuned_through_it_and_served_as_they_were_tuned(tuned_family
     prompts, names = ["add 1 and 2"] * 4, ["plain", "mathq", "codeq", "planq"]
     mixed = llm.generate(prompts, member=names, max_tokens=6)
     alone = [
-        LLM(tuned_family, members=[n], dtype="float32").generate("add 1 and 2", member=n, max_tokens=6)
+        LLM(tuned_family, members=[n], dtype="float32").generate("add 1 and 2", member=n, max_tokens=6)[0]
         for n in names
     ]
     assert [answer.ids for answer in mixed] == [answer.ids for answer in alone]
