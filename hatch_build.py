@@ -8,16 +8,17 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class Kernels(BuildHookInterface):
-    """Makes ops/native/kernels.so. A failure is told and is no error: every kernel has a twin in torch."""
+    """Makes the libraries of ops/native. A failure is told and is no error: every kernel has a twin in torch."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before a wheel is made, editable or not."""
         folder = Path(self.root) / "src/heliostat/ops/native"
-        why_not = runpy.run_path(str(folder / "compiling.py"))["build"]()
-        if why_not:
-            self.app.display_warning(
-                f"heliostat's CPU kernels are not compiled, torch does their work: {why_not}"
-            )
-            return
-        build_data["artifacts"].append("src/heliostat/ops/native/kernels.so")
-        build_data["pure_python"], build_data["infer_tag"] = False, True
+        build = runpy.run_path(str(folder / "compiling.py"))["build"]
+        for library in ("kernels.so", "codebook.so"):
+            if why_not := build(folder / library):
+                self.app.display_warning(
+                    f"heliostat's {library} is not compiled, torch does its work: {why_not}"
+                )
+                continue
+            build_data["artifacts"].append(f"src/heliostat/ops/native/{library}")
+            build_data["pure_python"], build_data["infer_tag"] = False, True

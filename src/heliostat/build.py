@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from heliostat.errors import Refused
-from heliostat.family import BASE, Family, Module
+from heliostat.family import BASE, SHARINGS, Family, Module, Row
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import adapter_file, adapter_parameters, digest_adapter, load_adapter
 from heliostat.linear.lora import Route, parts_of, remove_adapter, whole
 from heliostat.model.config import ModelConfig, read_config
+from heliostat.model.quantized import read_quantization
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Attend, Tape, Transformer
 from heliostat.model.weights import (
@@ -82,6 +83,10 @@ def init_family(folder: Path, base: Path) -> Family:
     if not base.is_dir():
         raise Refused(f"{base} is no folder; --base takes a Hugging Face checkpoint on this disk")
     config = read_config(base)
+    if read_quantization(base) is not None:
+        raise Refused(
+            f"{base} lies in codebooks: a family begins with the whole weights, and heliostat quantize adds others"
+        )
     files = weight_files(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.refuse_broken_template()
@@ -156,7 +161,9 @@ def describe_module(folder: Path, name: str, path: str, *, base: str | None, fam
     full = Path(folder) / path
     if base is None:
         digest = digest_folder(full, weight_files(full), checkpoint_facts(full))
-        return Module(name, path, digest, parameters=read_config(full).parameters)
+        quantization = read_quantization(full)
+        format = None if quantization is None else str(quantization.format)
+        return Module(name, path, digest, quantization=format, parameters=read_config(full).parameters)
     digest = digest_adapter(full, family.module(base).digest)
     return Module(name, path, digest, base=base, parameters=adapter_parameters(full))
 
@@ -183,6 +190,8 @@ def verify_files(folder: Path, family: Family, name: str, *, fresh: bool = False
     mend = "put the original files back, or "
     if name == BASE:
         mend += f"make a new family from the changed ones: heliostat init NEW --base {path}"
+    elif module.quantization is not None:
+        mend += f"make another: heliostat quantize {folder} --format {module.quantization} --name NEW --data CALIB"
     else:
         mend += (
             f"train again what uses it (first heliostat member rm {folder} {users[0] if users else 'MEMBER'})"
@@ -199,15 +208,36 @@ def refuse_broken(folder: Path, module: Module) -> None:
     refuse_not_finite(weight_files(path) if module.base is None else [adapter_file(path)])
 
 
-def verify_member(family: Family, name: str) -> None:
-    """Refuse a member whose row now points to other weights than it was tuned with."""
+def verify_member(family: Family, name: str, *, folder: str | Path = "FAM") -> None:
+    """Refuse a member whose row now points to other weights, or names other modules, than it was tuned with.
+
+    ``folder`` is the family's, so that the command in the refusal can be pasted.
+    """
     member = family.member(name)
+    again = f"heliostat train {folder} --member NEW --sharing {member.sharing} --data DATA"
     for module, digest in member.digests.items():
-        if family.module(module).digest != digest:
+        if module in family.modules and family.module(module).digest != digest:
             raise Refused(
                 f"member {name!r} was tuned with {module!r} of digest {digest[:12]}, the family now has "
-                f"{family.module(module).digest[:12]}: tune it again (heliostat train ... --member {name})"
+                f"{family.module(module).digest[:12]}: tune it again ({again})"
             )
+    strange = [module for module in member.row.modules if member.digests and module not in member.digests]
+    if strange:
+        tuned = [module for module in member.digests if module not in member.row.modules]
+        raise Refused(
+            f"member {name!r} was tuned with {', '.join(tuned) or 'other modules'}, and its row names "
+            f"{', '.join(strange)}: it would answer worse than it was taught to. Give it back its row in family.json, or "
+            f"tune one for this row: {again}{frozen_words(member.row, member.sharing)}"
+        )
+
+
+def frozen_words(row: Row, sharing: str) -> str:
+    """The options of `heliostat train` that name the frozen modules of a row; nothing where they are the base."""
+    words = []
+    for option, parts in SHARINGS[sharing].frozen.items() if sharing in SHARINGS else ():
+        named = getattr(row, parts[0])
+        words += [f" --{option} {named}"] if named != BASE else []
+    return "".join(words)
 
 
 def load_modules(
@@ -220,11 +250,13 @@ def load_modules(
     verify: bool = True,
     models: Mapping[str, Transformer] | None = None,
     joined: bool = False,
+    dense: bool = False,
 ) -> dict[str, Loaded]:
     """The named modules in memory, frozen; each set of weights is loaded once, adapters are put on it.
 
     ``models``: weights that are in memory already, by their module's name; they are not loaded again.
-    ``joined``: for serving, Linears of one input run as one (``Transformer.join``).
+    ``joined``: for serving, Linears of one input run as one (``Transformer.join``). ``dense``: for training, Linears in
+    codebooks are loaded as what they stand for.
     """
     models = dict(models or {})
     loaded: dict[str, Loaded] = {}
@@ -234,7 +266,8 @@ def load_modules(
             verify_module(folder, family, name)
         if module.weights not in models:
             path = module_folder(folder, family.module(module.weights))
-            models[module.weights] = load_transformer(path, read_config(path), dtype=dtype, device=device)
+            config = read_config(path)
+            models[module.weights] = load_transformer(path, config, dtype=dtype, device=device, dense=dense)
         model = models[module.weights]
         if module.base is not None:
             if parts_of(model, name):  # of weights in memory already: somebody may be using it

@@ -59,7 +59,7 @@ def check_family(
         family.member(name)
     if sharing is not None:
         choose(sharing, SHARINGS, what="sharing")
-    files, strangers = list(_modules(folder, family)), list(_strangers(family))
+    files, strangers = list(_modules(folder, family)), list(_strangers(folder, family))
     yield from (*files, *strangers)
     names = [name for name in names if f"member {name}" not in {finding.name for finding in strangers}]
     if not all(finding.ok for finding in files):
@@ -85,18 +85,20 @@ def _modules(folder: Path, family: Family) -> Iterator[Finding]:
         try:
             verify_files(folder, family, name, fresh=True)
             refuse_broken(folder, module)
-            yield Finding(
-                f"module {name}", True, f"{module.parameters:,} parameters, digest {module.digest[:12]}"
-            )
+            coded = f" in codebooks ({module.quantization})" if module.quantization is not None else ""
+            if coded:  # a format that its tensors do not follow is found only by who puts them together
+                load_modules(folder, family, [name], dtype=torch.float32, verify=False)
+            text = f"{module.parameters:,} parameters{coded}, digest {module.digest[:12]}"
+            yield Finding(f"module {name}", True, text)
         except Refused as error:
             yield Finding(f"module {name}", False, str(error))
 
 
-def _strangers(family: Family) -> Iterator[Finding]:
+def _strangers(folder: Path, family: Family) -> Iterator[Finding]:
     """Members that were tuned with other weights than their rows name now."""
     for name in family.members:
         try:
-            verify_member(family, name)
+            verify_member(family, name, folder=folder)
         except Refused as error:
             yield Finding(f"member {name}", False, str(error))
 
@@ -136,6 +138,7 @@ def _as_other(
 ) -> Iterator[Finding]:
     """What the member's own module does in the row of another sharing, as it is."""
     own = [name for name in family.row(member).modules if name != "base"]
+    own = [name for name in own if family.module(name).quantization is None]
     if len(own) != 1:
         yield Finding(f"{member} as {sharing}", False, f"it has {len(own)} modules of its own; one is needed")
         return

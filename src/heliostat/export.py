@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -26,8 +25,9 @@ from heliostat.build import (
     verify_module,
     write_family,
 )
+from heliostat.card import card, licence_of
 from heliostat.errors import Refused
-from heliostat.family import PARTS, SHARINGS, Family, Member, Row, own_module_name
+from heliostat.family import PARTS, Family, Member, Module, Row, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
 from heliostat.linear.adapter import (
     CONFIG,
@@ -37,10 +37,10 @@ from heliostat.linear.adapter import (
     is_columns,
     read_adapter,
 )
-from heliostat.model.attention_kind import IN_WORDS, PREFIX
 from heliostat.model.config import read_config
+from heliostat.model.quantized import QUANTIZATION
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.model.weights import INDEX, weight_files
+from heliostat.model.weights import INDEX, save_dense, weight_files
 from heliostat.train.checkpoint import checkpoints
 
 FACTS = "heliostat.json"
@@ -55,35 +55,56 @@ TOKENIZER = (
     "added_tokens",
 )
 
-def export_member(folder: Path, member: str, out: Path) -> Path:
+
+def export_member(folder: Path, member: str, out: Path, *, dequantize: bool = False) -> Path:
     """Write the member's own half to ``out``: weights or adapter, tokenizer, card, licence, row, reproducing script.
 
-    Raises Refused where ``out`` exists, where the row has more than one module of its own, or where files changed.
+    ``dequantize``: where the other half lies in codebooks, what it stands for is written as a checkpoint beside it, in
+    ``base``. Raises Refused where ``out`` exists, where the row has more than one module of its own or of others, where
+    there are codebooks and ``dequantize`` is not said, or where files changed.
     """
     folder, out = Path(folder), Path(out)
     family = read_family(folder)
     row = family.member(member).row
-    others = [name for name in row.modules if name != BASE]
-    if len(others) != 1:
+    own, other = _halves(family, member)
+    coded = other.quantization is not None
+    if coded and not dequantize:
         raise Refused(
-            f"{member!r} is made of {', '.join(row.modules)}: only a base and one own module can be exported"
+            f"{member!r} was tuned with {other.name!r}, whose weights lie in codebooks ({other.quantization}) that no other "
+            "library reads: say --dequantize, and what they stand for is written, too, in 16 bits or as the base has it"
         )
     if out.exists():
         raise Refused(f"{out} is already there; choose another folder, or remove it first")
     for name in row.modules:
         verify_module(folder, family, name)
-    own = family.module(others[0])
-    facts = _facts(folder, family, member, own.name)
+    facts = _facts(folder, family, member, own.name, other)
     with atomic_directory(out) as partial:
         _write_weights(folder, module_folder(folder, own), partial)
         _copy_matching(folder / BASE, partial, TOKENIZER if own.base is None else ())
         _copy_matching(folder / BASE, partial, LICENCES)
+        if coded:
+            source = module_folder(folder, other)
+            save_dense(source, partial / BASE, read_config(source))
+            _copy_matching(folder / BASE, partial / BASE, TOKENIZER)
         atomic_write_text(partial / FACTS, json.dumps(facts, indent=2) + "\n")
-        atomic_write_text(partial / "README.md", card(family, member, facts, _licence(folder / BASE)))
+        atomic_write_text(partial / "README.md", card(family, member, facts, licence_of(folder / BASE)))
         if facts["attention"] is None:  # the script runs transformers, which has no other attention
             script = resources.files("heliostat") / "assets" / "reproduce.py"
             atomic_write_text(partial / "reproduce.py", script.read_text(encoding="utf-8"))
     return out
+
+
+def _halves(family: Family, member: str) -> tuple[Module, Module]:
+    """The member's own module, and the one that plays the rest (the base, where nothing is left)."""
+    names = family.member(member).row.modules
+    frozen = [name for name in names if name == BASE or family.module(name).quantization is not None]
+    own = [name for name in names if name not in frozen]
+    if len(own) != 1 or len(frozen) > 1:
+        raise Refused(
+            f"{member!r} is made of {', '.join(names)}: only one own module, and one other beside it, can be exported"
+        )
+    rides_on = family.module(own[0]).base
+    return family.module(own[0]), family.module(frozen[0] if frozen else rides_on or BASE)
 
 
 def _write_weights(folder: Path, source: Path, target: Path) -> None:
@@ -112,7 +133,7 @@ def _copy_matching(source: Path, target: Path, starts: tuple[str, ...]) -> None:
         shutil.copy2(file, target / file.name)
 
 
-def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any]:
+def _facts(folder: Path, family: Family, member: str, own: str, other: Module) -> dict[str, Any]:
     row, entry = family.member(member).row, family.member(member)
     tokenizer = load_tokenizer(folder, family)
     roles = {part: "own" if getattr(row, part) == own else "base" for part in row.__dataclass_fields__}
@@ -125,129 +146,15 @@ def _facts(folder: Path, family: Family, member: str, own: str) -> dict[str, Any
         "row": roles,
         "attention": None if attention.plain else attention.to_json(),
         "digests": {
-            roles_name: family.module(name).digest for roles_name, name in (("own", own), ("base", BASE))
+            roles_name: family.module(name).digest
+            for roles_name, name in (("own", own), ("base", other.name))
         },
         "prompt_prefix": list(tokenizer.prefix),
         "eos_ids": list(tokenizer.eos_ids),
+        **({"dequantized": other.quantization} if other.quantization is not None else {}),
         "recipe": dict(entry.recipe),
         "evaluation": dict(entry.evaluation),
     }
-
-
-def _licence(base: Path) -> str | None:
-    """The licence that the base's card declares, if it has one."""
-    readme = base / "README.md"
-    if not readme.is_file():
-        return None
-    found = re.search(
-        r"^license:\s*(\S+)\s*$", readme.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-    )
-    return found[1] if found else None
-
-
-def card(family: Family, member: str, facts: Mapping[str, Any], licence: str | None) -> str:
-    """The model card (README.md) of an exported member."""
-    row, sharing = facts["row"], family.member(member).sharing
-    head = [
-        "---",
-        f"library_name: {'transformers' if facts.get('attention') is None else 'heliostat'}",
-        *([f"license: {licence}"] if licence else []),
-        "tags: [heliostat]",
-        "---",
-    ]
-    shared = SHARINGS[sharing].shared if sharing in SHARINGS else "as its row says"
-    table = "\n".join(
-        f"| {part} | {'this folder' if who == 'own' else 'the base'} |" for part, who in row.items()
-    )
-    evaluation = (
-        "\n".join(f"- {name}: {value}" for name, value in facts["evaluation"].items()) or "- none recorded"
-    )
-    licence_line = (
-        f"The base's licence ({licence}) applies."
-        if licence
-        else "The base's licence applies; its files lie beside this card where it has any."
-    )
-    return "\n".join(
-        [
-            *head,
-            f"# {member}",
-            "",
-            f"A member of a heliostat family, sharing `{sharing}` (shared when serving: {shared}). {_standing(facts)}",
-            "",
-            "| part | played by |",
-            "|---|---|",
-            table,
-            "",
-            *_base_line(facts),
-            "## Run it",
-            "",
-            f'With heliostat: `heliostat generate FAMILY --member {member} --dtype float32 --prompt "..."`.',
-            "",
-            _without_heliostat(facts),
-            "",
-            *_same_answers(facts),
-            "## Evaluation",
-            "",
-            evaluation,
-            "",
-            "## Licence",
-            "",
-            licence_line,
-            "",
-        ]
-    )
-
-
-def _same_answers(facts: Mapping[str, Any]) -> list[str]:
-    """When the script's answers are heliostat's, where there is a script."""
-    if facts.get("attention") is not None:
-        return []
-    return [
-        "Greedy answers are the same in the same number format; left out, heliostat's `--dtype` is bfloat16 where",
-        "the hardware multiplies it, the script's is float32.",
-        "",
-    ]
-
-
-def _base_line(facts: Mapping[str, Any]) -> list[str]:
-    """Which base it needs, where it needs one."""
-    if facts["alone"]:
-        return []
-    digest = facts["digests"]["base"]
-    return [
-        f"Base: SHA-256 digest `{digest}` over tensors and configuration. Another base gives other answers.",
-        "",
-    ]
-
-
-def _without_heliostat(facts: Mapping[str, Any]) -> str:
-    """How to answer with transformers alone, where it can."""
-    if (attention := facts.get("attention")) is not None:
-        return (
-            f"Only heliostat runs it: its attention is `{attention['kind']}`, which neither transformers nor vLLM has "
-            f"({IN_WORDS[attention['kind']]}). Its `model_type` begins with `{PREFIX}`, so that both refuse it by name "
-            "instead of answering as another model."
-        )
-    if facts["alone"]:
-        return 'With transformers: `python reproduce.py --prompt "..."`, or `from_pretrained` this folder.'
-    return 'With two models in transformers: `python reproduce.py --base PATH_OF_THE_BASE --prompt "..."`.'
-
-
-def _standing(facts: Mapping[str, Any]) -> str:
-    """Whether what is exported answers by itself."""
-    if facts["alone"]:
-        return "A whole model: it answers by itself."
-    if row_is_own(facts["row"]):
-        return "An adapter: it answers on the base's weights."
-    return (
-        "**Half a member.** Run alone, these weights do not answer as the member does: "
-        "the base plays the other parts of its row."
-    )
-
-
-def row_is_own(row: Mapping[str, str]) -> bool:
-    """Whether one's own module plays every part."""
-    return set(row.values()) == {"own"}
 
 
 def import_member(folder: Path, member: str, source: Path) -> Member:
@@ -261,6 +168,10 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
     family.free_name(member, folder=folder)
     if not source.is_dir():
         raise Refused(f"{source} is no folder; --from takes a checkpoint or a PEFT adapter on this disk")
+    if (source / QUANTIZATION).exists():
+        raise Refused(
+            f"{source} lies in codebooks: bring in the weights that it was made of, and heliostat quantize them"
+        )
     adapter = is_adapter(source)
     if not adapter:
         _refuse_other_shape(folder, source)

@@ -88,6 +88,28 @@ class Sharing:
     targets: str = "all"  # which Linears an adapter of this sharing tunes: all, or those that write no K,V
     tuner: str = "full"  # how its members are tuned where nobody says otherwise
 
+    @property
+    def frozen(self) -> dict[str, tuple[str, ...]]:
+        """Options of `heliostat train` that put another module in the base's place, and the parts each of them fills."""
+        row, still = self.row, [part for part in PARTS if getattr(self.row, part) != "own"]
+        if row.speaker != "own":  # who speaks is who writes the answer, where both are frozen
+            return {"speaker": tuple(still)}
+        return {"writer": tuple(still)} if still else {}
+
+    def replaced(self, **options: str | None) -> dict[str, str]:
+        """``instantiate``'s others for the options ``writer`` and ``speaker``. Refused where no such part is frozen."""
+        others: dict[str, str] = {}
+        for option, module in options.items():
+            if module is None:
+                continue
+            if option not in self.frozen:
+                there = ", ".join(f"--{name}" for name in self.frozen) or "neither --speaker nor --writer"
+                raise Refused(
+                    f"{option} {module!r}: this sharing has no frozen {option} to replace; it takes {there}"
+                )
+            others |= dict.fromkeys(self.frozen[option], module)
+        return others
+
     def instantiate(self, own: str, others: Mapping[str, str] | None = None) -> Row:
         """Row with ``own`` replaced by a module name; ``others`` renames frozen parts (``speaker`` -> ``base-2bit``)."""
         frozen = dict(others or {})
@@ -162,6 +184,7 @@ class Module:
     base: str | None = None
     """For an adapter, the module whose weights it rides on; None for a checkpoint of its own."""
     quantization: str | None = None
+    """For Linears in codebooks their format (``m1v4g128``); None where they are plain."""
     parameters: int = 0
     """Parameters that are this module's own (an adapter counts only itself)."""
 
@@ -220,9 +243,13 @@ class Family:
         return self.member(name).row
 
     def own_modules(self, member: str) -> tuple[str, ...]:
-        """Modules that only this member uses: what its row trains, and what goes when it is removed."""
+        """Modules that only this member uses: what its row trains, and what goes when it is removed.
+
+        What was quantized is nobody's own: it stays until it is removed itself.
+        """
         others = {name for m in self.members.values() if m.name != member for name in m.row.modules}
         kept = {BASE, *others, *(self.module(name).weights for name in others)}
+        kept |= {name for name, module in self.modules.items() if module.quantization is not None}
         return tuple(name for name in self.member(member).row.modules if name not in kept)
 
     def partners(self, member: str) -> dict[str, tuple[str, ...]]:
@@ -283,6 +310,29 @@ class Family:
         if name in self.modules:
             raise Refused(f"{name!r} is the name of a module of this family: choose another member name")
         return name
+
+    def free_module_name(self, name: str) -> str:
+        """``name`` if a new module may have it; refused if malformed or taken."""
+        if not NAME.fullmatch(name):
+            raise Refused(
+                f"{name!r} is no module name: letters, digits, '.', '_', '-', at most 64, not starting with a sign"
+            )
+        if name in self.modules:
+            raise Refused(f"there is already a module {name!r}: choose another name")
+        if name in self.members:
+            raise Refused(f"{name!r} is the name of a member of this family: choose another module name")
+        return name
+
+    def without_module(self, name: str) -> Family:
+        """The family without a module that nobody uses; refused where it is the base, a member's own or used."""
+        module, users = self.module(name), self.users(name)
+        if module.quantization is None:
+            raise Refused(
+                f"{name!r} is not a quantized module: it goes with its member (heliostat member rm)"
+            )
+        if users or any(other.base == name for other in self.modules.values()):
+            raise Refused(f"module {name!r} is used by {', '.join(users) or 'an adapter'}: remove them first")
+        return Family({n: m for n, m in self.modules.items() if n != name}, self.members, self.tokenizer)
 
     def to_json(self) -> dict[str, Any]:
         """What family.json holds."""

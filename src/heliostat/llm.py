@@ -84,7 +84,7 @@ class LLM:
         names = list(members) if members is not None else [*self.family.members, "base"]
         for name in names:
             if name in self.family.members:
-                verify_member(self.family, name)
+                verify_member(self.family, name, folder=folder)
         kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
         needed = modules_of(self.family, names)
         plan = plan_of(

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from heliostat.family import BASE, Family, Member, Row
+from heliostat.family import BASE, Family, Member, Module, Row
 from heliostat.files import read_json
-from heliostat.model.config import read_config
+from heliostat.model.config import ModelConfig, read_config
+from heliostat.ops.codebook_format import Format
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 CONTEXT = 1024
@@ -18,7 +19,7 @@ CONTEXT = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModuleFacts:
-    """One module: bytes are what its own parameters take in memory, in the base's number format."""
+    """One module: bytes are what its own parameters take in memory, in the base's number format or in codebooks."""
 
     name: str
     kind: str
@@ -27,6 +28,10 @@ class ModuleFacts:
     digest: str
     users: tuple[str, ...]
     """Members that run it, or an adapter on it."""
+    quantization: str | None = None
+    """Format of its Linears, where they lie in codebooks."""
+    bits: float | None = None
+    """Of a number in them, codebooks and scales included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +82,42 @@ def survey(folder: str | Path, family: Family) -> Survey:
     dtype = str(facts.get("dtype") or facts.get("torch_dtype") or "float32")
     size = BYTES.get(dtype, 4)
     tokens = min(CONTEXT, config.max_length)
+    taken = {name: bytes_of(module, config, size) for name, module in family.modules.items()}
     prompt = 2 * config.layers * config.kv_heads * config.head_width * size * tokens
     return Survey(
         str(folder),
         dtype,
-        tuple(_module(family, name, size) for name in family.modules),
+        tuple(_module(family, name, taken[name], config) for name in family.modules),
         tuple(_member(family, member) for member in family.members.values()),
-        savings(family, size=size, prompt=prompt, tokens=tokens) if family.members else (),
+        savings(family, size=size, prompt=prompt, tokens=tokens, taken=taken) if family.members else (),
     )
 
 
-def savings(family: Family, *, size: int, prompt: int, tokens: int) -> tuple[Saving, ...]:
-    """What the members take; ``size``: bytes a parameter; ``prompt``: K,V bytes of a prompt of ``tokens``."""
+def bytes_of(module: Module, config: ModelConfig, size: int) -> int:
+    """That a module's own parameters take in memory; ``size``: bytes of a plain one."""
+    if module.quantization is None:
+        return module.parameters * size
+    sides, format = list(config.linears.values()) * config.layers, Format.parse(module.quantization)
+    plain = module.parameters - sum(inputs * outputs for inputs, outputs in sides)
+    return plain * size + sum(format.bytes(outputs, inputs) for inputs, outputs in sides)
+
+
+def savings(
+    family: Family, *, size: int, prompt: int, tokens: int, taken: Mapping[str, int] | None = None
+) -> tuple[Saving, ...]:
+    """What the members take; ``size``: bytes a parameter; ``prompt``: K,V bytes of a prompt of ``tokens``.
+
+    ``taken``: bytes of each module, where they are not its parameters times ``size``.
+    """
+    if taken is None:
+        taken = {name: module.parameters * size for name, module in family.modules.items()}
+    sizes = taken
     rows = [member.row for member in family.members.values()]
     one = family.module(BASE).parameters * size
 
     def weights(what: str, names: Iterable[str]) -> Saving:
         needed = _resting_on(family, names)
-        total = sum(family.module(name).parameters for name in needed) * size
+        total = sum(sizes[name] for name in needed)
         return Saving(
             what, len(rows) * one, total, f"{len(needed)} modules" if len(needed) != 1 else "1 module"
         )
@@ -121,11 +144,15 @@ def _resting_on(family: Family, names: Iterable[str]) -> set[str]:
     return {each for name in names for each in (name, family.module(name).weights)}
 
 
-def _module(family: Family, name: str, size: int) -> ModuleFacts:
+def _module(family: Family, name: str, taken: int, config: ModelConfig) -> ModuleFacts:
     module = family.module(name)
-    kind = "weights" if module.base is None else f"adapter on {module.base}"
-    taken = module.parameters * size
-    return ModuleFacts(name, kind, module.parameters, taken, module.digest, family.users(name))
+    kind, bits = "weights" if module.base is None else f"adapter on {module.base}", None
+    if module.quantization is not None:
+        format, sides = Format.parse(module.quantization), list(config.linears.values())
+        bits = 8 * sum(format.bytes(b, a) for a, b in sides) / sum(a * b for a, b in sides)
+        kind = f"{format}, {bits:.2f} bits"
+    facts = (kind, module.parameters, taken, module.digest, family.users(name), module.quantization, bits)
+    return ModuleFacts(name, *facts)
 
 
 def _member(family: Family, member: Member) -> MemberFacts:

@@ -10,6 +10,7 @@ from tests.house.source import PACKAGE, SourceFile, imports, modules, written
 # The longest beginning of a module's name decides. A new module on the package's first level gets a line.
 FLOORS = {
     "heliostat.errors": 0,
+    "heliostat.card": 2,
     "heliostat.clock": 1,
     "heliostat.family": 1,
     "heliostat.files": 1,
@@ -23,6 +24,7 @@ FLOORS = {
     "heliostat.engine": 3,
     "heliostat.export": 4,
     "heliostat.llm": 4,
+    "heliostat.quantize": 4,
     "heliostat.serve": 4,
     "heliostat.train": 4,
     "heliostat.bench": 5,

@@ -25,6 +25,8 @@ class Method:
     """How the tuned columns are chosen (tuner paca)."""
     dropbp: float = 0.0
     dropbp_rates: str = "sensitivity"
+    frozen: str = ""
+    """Module in the base's place, where it is another."""
 
     @property
     def label(self) -> str:
@@ -71,3 +73,17 @@ TUNED = (
     ),
 )
 """Tuners, sharings with adapters, and dropped branches; each against what it would replace."""
+
+FORMATS = {"base-4bit": "m2v4g128", "base-2bit": "m1v4g128"}
+"""Modules that the base is made into, by name."""
+
+
+def on_quantized(method: Method) -> tuple[Method, ...]:
+    """A method, and then it with each of those modules in the base's place, compared with the first."""
+    named = ((name, name.removeprefix("base-").replace("bit", " bit")) for name in FORMATS)
+    return (method, *(replace(method, name=f"{method.name}, {bits}", frozen=name) for name, bits in named))
+
+
+_SUN, _PREFILL = (replace(METHODS[n], against=METHODS[n].name) for n in (1, 2))
+LOW_BIT = {"sun": on_quantized(_SUN), "prefillshare": on_quantized(_PREFILL), "independent": (METHODS[0],)}
+"""Frozen halves in codebooks; groups that can be run apart."""

@@ -18,9 +18,17 @@ from rich.console import Console
 
 from heliostat.bench.accuracy_page import rows_of, write, write_readme
 from heliostat.bench.birth import certificate
-from heliostat.bench.methods import METHODS, Method
+from heliostat.bench.methods import FORMATS, METHODS, Method
 from heliostat.bench.processes import run_modules
-from heliostat.bench.trial import Trial, as_half, base_alone, ensure_family, kept_at, write_data
+from heliostat.bench.trial import (
+    Trial,
+    as_half,
+    base_alone,
+    ensure_family,
+    ensure_quantized,
+    kept_at,
+    write_data,
+)
 from heliostat.files import read_json
 from heliostat.tasks import TASKS
 
@@ -45,6 +53,7 @@ def search(task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **ite
         columns=method.columns,
         dropbp=method.dropbp,
         dropbp_rates=method.dropbp_rates,
+        frozen=method.frozen,
         **items,
     )
     return [replace(found, learning_rate=rate) for rate in method.rates]
@@ -52,7 +61,7 @@ def search(task: str, method: Method, steps: int, *, seed: int = SEEDS[0], **ite
 
 def best(folder: Path, trials: Sequence[Trial]) -> Trial:
     """The trial with the highest validation accuracy; of equals the smaller rate."""
-    return max(trials, key=lambda t: (_kept(folder, t)["validation"], -t.learning_rate))
+    return max(trials, key=lambda t: (kept_result(folder, t)["validation"], -t.learning_rate))
 
 
 def run_all(
@@ -70,7 +79,7 @@ def run_all(
 def _words(folder: Path, trial: Trial, half: str | None) -> list[str]:
     words = ["heliostat.bench.trial", "--folder", str(folder)]
     for name, value in asdict(trial).items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        words += [f"--{name.replace('_', '-')}", str(value)] if value != "" else []
     return words + (["--as", half] if half else [])
 
 
@@ -104,6 +113,9 @@ def choose_and_repeat(
 ) -> Iterator[tuple[str, dict[str, Trial]]]:
     """Run what is missing, one task after the other, so that what is done is whole: (task, the trial chosen by method)."""
     ensure_family(folder)
+    for method in methods:
+        if method.frozen:
+            ensure_quantized(folder, method.frozen, FORMATS[method.frozen])
     for task in tasks:
         for seed in SEEDS:  # written once, before several processes want them
             write_data(replace(search(task, methods[0], steps, **items)[0], seed=seed), folder)
@@ -119,7 +131,8 @@ def choose_and_repeat(
 def method_rows(folder: Path, chosen: Mapping[str, Trial], methods: Sequence[Method]) -> dict[str, Any]:
     """The methods' lines of one task's table, each beside the method it is compared with."""
     found = {
-        name: [_kept(folder, replace(trial, seed=seed)) for seed in SEEDS] for name, trial in chosen.items()
+        name: [kept_result(folder, replace(trial, seed=seed)) for seed in SEEDS]
+        for name, trial in chosen.items()
     }
     verdicts = {name: [one["verdicts"] for one in kept] for name, kept in found.items()}
     table = {}
@@ -128,12 +141,12 @@ def method_rows(folder: Path, chosen: Mapping[str, Trial], methods: Sequence[Met
         rates = [replace(trial, learning_rate=rate, seed=SEEDS[0]) for rate in method.rates]
         table[method.name] = {
             "learning_rate": trial.learning_rate,
-            "tried": {f"{t.learning_rate:g}": _kept(folder, t)["validation"] for t in rates},
+            "tried": {f"{t.learning_rate:g}": kept_result(folder, t)["validation"] for t in rates},
             "seeds": [one["test"] for one in found[method.name]],
             "seconds": [one["seconds"] for one in found[method.name]],
             "history": found[method.name][0]["history"],
         }
-        table[method.name] |= _against(verdicts[method.name], verdicts[method.against], method)
+        table[method.name] |= against(verdicts[method.name], verdicts[method.against], method)
     return table
 
 
@@ -141,15 +154,15 @@ def _task_table(folder: Path, task: str, chosen: Mapping[str, Trial]) -> dict[st
     full = chosen[METHODS[0].name]
     table: dict[str, Any] = {"base, untuned": {"seeds": [base_alone(full, folder)["test"]]}}
     table |= method_rows(folder, chosen, METHODS)
-    ordinary = [_kept(folder, replace(full, seed=seed))["verdicts"] for seed in SEEDS]
+    ordinary = [kept_result(folder, replace(full, seed=seed))["verdicts"] for seed in SEEDS]
     for name, sharing in CONTROLS.items():
         found = [as_half(replace(full, seed=seed), sharing, folder) for seed in SEEDS]
         table[name] = {"seeds": [one["test"] for one in found]}
-        table[name] |= _against([one["verdicts"] for one in found], ordinary, METHODS[1])
+        table[name] |= against([one["verdicts"] for one in found], ordinary, METHODS[1])
     return table
 
 
-def _against(ours: Sequence[str], theirs: Sequence[str], method: Method) -> dict[str, Any]:
+def against(ours: Sequence[str], theirs: Sequence[str], method: Method) -> dict[str, Any]:
     """Difference in points to the method compared with, with a 95 % interval; none to itself."""
     if list(ours) == list(theirs):
         return {}
@@ -178,7 +191,7 @@ def paired_difference(
     return sum(gaps) / items, means[int(0.025 * BOOTSTRAPS)], means[int(0.975 * BOOTSTRAPS)]
 
 
-def _kept(folder: Path, trial: Trial) -> dict[str, Any]:
+def kept_result(folder: Path, trial: Trial) -> dict[str, Any]:
     return read_json(kept_at(folder, trial))
 
 

@@ -42,6 +42,8 @@ class Trial:
     columns: str = "random"
     dropbp: float = 0.0
     dropbp_rates: str = "sensitivity"
+    frozen: str = ""
+    """Module in the base's place, where it is another; see ``ensure_quantized``."""
     train_items: int = 10_000
     test_items: int = 1_000
     validation_items: int = 300
@@ -53,7 +55,9 @@ class Trial:
         rank = f"-r{self.r}" if self.tuner != "full" and self.r != RANK else ""
         columns = f"-{self.columns}" if self.columns != "random" else ""
         dropped = f"-dropbp{self.dropbp:g}-{self.dropbp_rates}" if self.dropbp else ""
-        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{rank}{columns}{dropped}"
+        on = f"-on-{self.frozen}" if self.frozen else ""
+        more = f"{rank}{columns}{dropped}{on}"
+        return f"{self.task}-{self.sharing}-{self.tuner}-{rate}-s{self.seed}-{self.steps}{more}"
 
 
 def run(
@@ -103,11 +107,17 @@ def recipe_of(trial: Trial, folder: Path, data: Path) -> Recipe:
         "dropbp": trial.dropbp,
         "dropbp_rates": trial.dropbp_rates,
     }
+    values |= replacing(trial.sharing, trial.frozen)
     if trial.tuner != "full":
         values["r"] = trial.r
     if trial.tuner == "paca":
         values["columns"] = trial.columns
     return make_recipe(Recipe, values)
+
+
+def replacing(sharing: str, frozen: str) -> dict[str, str]:
+    """The option of a recipe that puts ``frozen`` in the base's place, by its value; nothing where it is none."""
+    return dict.fromkeys(SHARINGS[sharing].frozen, frozen) if frozen else {}
 
 
 def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
@@ -134,19 +144,48 @@ def judge(trial: Trial, row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def as_half(ordinary: Trial, sharing: str, folder: Path) -> dict[str, Any]:
-    """Negative control: an ordinary fine-tune used, untrained for it, as the own half of another sharing's row."""
-    kept = kept_at(folder, ordinary, sharing)
+def as_half(ordinary: Trial, half: str, folder: Path) -> dict[str, Any]:
+    """A tuned module used, untrained for it, as the own half of another row: an ordinary one is the negative control.
+
+    ``half``: a sharing (``sun``), one with another module in the base's place (``sun@base-2bit``), or
+    ``quantized@m1v4g128``: the tuned module itself in codebooks, alone.
+    """
+    kept = kept_at(folder, ordinary, half)
     if kept.exists():
         return read_json(kept)
-    own = read_family(folder / "family").row(ordinary.name).speaker
-    result = {
-        "trial": asdict(ordinary),
-        "as": sharing,
-        **judge(ordinary, SHARINGS[sharing].instantiate(own), folder),
-    }
+    family = read_family(folder / "family")
+    (own,) = family.own_modules(ordinary.name)
+    sharing, _, other = half.partition("@")
+    if sharing == QUANTIZED:
+        name = f"{ordinary.name}-{other}"
+        ensure_quantized(folder, name, other, module=own)
+        row = Row(name, name, name, name)
+    else:
+        found = SHARINGS[sharing]
+        row = found.instantiate(own, found.replaced(**replacing(sharing, other)))
+    result = {"trial": asdict(ordinary), "as": half, **judge(ordinary, row, folder)}
     atomic_write_text(kept, json.dumps(result) + "\n")
     return result
+
+
+QUANTIZED = "quantized"
+CALIBRATION = 4_000
+"""Documents of the pretraining corpus (of no task) that modules are fitted on; of another seed than the base's."""
+
+
+def ensure_quantized(folder: Path, name: str, format: str, *, module: str = "base") -> None:
+    """A module of the trials' family in codebooks, made the first time with the settings of the command line."""
+    from heliostat.quantize.run import Wish, quantize
+    from heliostat.tasks.corpus import documents, rendered
+
+    if name in read_family(folder / "family").modules:
+        return
+    data = folder / "data" / "calibration.jsonl"
+    if not data.exists():
+        data.parent.mkdir(parents=True, exist_ok=True)
+        texts = (rendered(document).removesuffix("<|end|>") for document in documents(5, CALIBRATION))
+        atomic_write_text(data, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    quantize(Wish(family=str(folder / "family"), name=name, format=format, data=str(data), module=module))
 
 
 def base_alone(trial: Trial, folder: Path) -> dict[str, Any]:
@@ -210,6 +249,7 @@ def main() -> None:
         ("steps", int),
     ):
         parser.add_argument(f"--{name}", type=kind, required=True)
+    parser.add_argument("--frozen", default="", help="a module of the family in the base's place")
     usual = {field.name: field.default for field in fields(Trial)}
     for name, kind in (
         ("r", int),
@@ -223,7 +263,7 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, default=usual[name.replace("-", "_")])
     parser.add_argument(
-        "--as", dest="half", help="judge the tuned module untrained in this sharing's row; base: the base"
+        "--as", dest="half", help="judge the tuned module untrained in this row (see as_half); base: the base"
     )
     given = vars(parser.parse_args())
     folder, threads, half = given.pop("folder"), given.pop("threads"), given.pop("half")

@@ -74,13 +74,19 @@ def export(
     family: Family,
     member: Member,
     out: Annotated[Path, typer.Option(help="New folder.", show_default=False)],
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize", help="Write what a quantized other half stands for, too, as a checkpoint."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """With a model card, the base's licence, and a script that answers alike in transformers."""
     from heliostat.build import read_family
     from heliostat.export import export_member
 
-    export_member(family, member, out)
+    export_member(family, member, out, dequantize=dequantize)
     row = read_family(family).member(member).row
     if as_json:
         return print_json({"member": member, "out": str(out), "alone": row.alone})

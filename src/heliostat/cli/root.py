@@ -34,12 +34,14 @@ MAKE, ASK, LOOK, SHOW = "Make and change", "Ask", "Look and check", "See it work
 COMMANDS: Mapping[str, Command] = {
     "init": Command("families", "init", "Make a family around a base model.", MAKE),
     "train": Command("training", "train", "Tune a new member of a family.", MAKE),
+    "quantize": Command("quantizing", "quantize", "Make a low-bit module of a family's module.", MAKE),
     "pretrain": Command("training", "pretrain", "Make a small base model from scratch.", MAKE),
     "import": Command(
         "families", "bring_in", "Take a fine-tune or an adapter into a family, unchanged.", MAKE
     ),
     "export": Command("families", "export", "Write a member as a Hugging Face folder or adapter.", MAKE),
     "member": Command("families", "member", "Remove or rename a member.", MAKE),
+    "module": Command("quantizing", "module", "Remove a quantized module.", MAKE),
     "generate": Command("answering", "generate", "Answer one prompt, or a file of prompts.", ASK),
     "chat": Command("chatting", "chat", "Talk with a member, and switch members as you go.", ASK),
     "serve": Command("serving", "serve", "Serve members over HTTP to any OpenAI client.", ASK),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from heliostat.errors import Refused
 from heliostat.family import Family
 from heliostat.linear.adapter import adapter_bytes
 from heliostat.model.config import ModelConfig
+from heliostat.model.quantized import copied_bytes, loaded_bytes, read_quantization
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import format_of, read_shapes, weight_files
+from heliostat.model.weights import read_shapes, weight_files
 
 MIB = 2**20
 _SAMPLING = 44
@@ -110,7 +110,7 @@ def weights_of(
     found = [family.module(name) for name in modules]
     whole = dict.fromkeys(module.weights for module in found if module.weights not in there)
     riding = [module for module in found if module.base is not None and module.name not in there]
-    lines = [(f"weights of {name}", _size(_shapes_of(folder, family, name), dtype)) for name in whole]
+    lines = [line for name in whole for line in _lines(folder, family, name, dtype)]
     for module in riding:
         lines.append((f"adapter {module.name}", adapter_bytes(module_folder(folder, module), dtype)))
     return Ledger(tuple(lines))
@@ -126,8 +126,16 @@ def _shapes_of(folder: Path, family: Family, weights: str) -> dict[str, Sequence
     }
 
 
-def _size(shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) * format_of(name, dtype).itemsize for name, shape in shapes.items())
+def _lines(folder: Path, family: Family, weights: str, dtype: torch.dtype) -> Iterator[tuple[str, int]]:
+    """What a checkpoint takes, and what its codebooks take besides."""
+    quantization = read_quantization(module_folder(folder, family.module(weights)))
+    shapes = _shapes_of(folder, family, weights)
+    yield f"weights of {weights}", loaded_bytes(shapes.items(), dtype, quantization)
+    if quantization is not None:
+        yield (
+            f"copies of {weights} to multiply by, at most",
+            copied_bytes(shapes.items(), dtype, quantization),
+        )
 
 
 def _workspace(config: ModelConfig, dtype: torch.dtype, *, rows: int, tokens: int) -> int:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from heliostat.errors import Refused
 from heliostat.files import atomic_write_text, read_json
 from heliostat.linear.choice import put_columns
-from heliostat.linear.lora import adapter_of, put_adapter
+from heliostat.linear.columns import is_dense
+from heliostat.linear.lora import adapter_of, like_weight, put_adapter
 from heliostat.model.weights import PICKLES, digest_folder, read_shapes, read_tensors, save_tensors
 
 CONFIG = "adapter_config.json"
@@ -124,14 +125,19 @@ def load_adapter(folder: Path, model: nn.Module, name: str) -> None:
             continue
         assert part.a is not None
         adapter = put_adapter(model, path, name, r=part.b.shape[1], scale=part.scale)
-        adapter.to(linear.weight.dtype)
+        adapter.to(like_weight(linear).dtype)
         adapter.a.data.copy_(part.a)
         adapter.b.data.copy_(part.b)
         adapter.requires_grad_(False)
     placed = put_columns(model, name, {path: chosen for path, (chosen, _) in columns.items()})
     for path, tuned in placed.items():
-        tuned.delta.data = columns[path][1].to(linear_at(model, path, folder).weight)
+        tuned.delta.data = columns[path][1].to(like_weight(linear_at(model, path, folder)))
         tuned.requires_grad_(False)
+
+
+def _kind(model: nn.Module, linear: nn.Linear) -> torch.dtype:
+    """Number format of an adapter on ``linear``: the weight's, or the model's where there is no plain weight."""
+    return linear.weight.dtype if is_dense(linear) else next(model.parameters()).dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,8 @@ class Columns(nn.Module):
 
 def is_dense(inner: nn.Module) -> bool:
     """Whether a Linear multiplies by a plain tensor, which can be read and written column by column."""
-    return isinstance(inner, nn.Linear) and inner.weight.is_floating_point()
+    weight = inner._parameters.get("weight") if isinstance(inner, nn.Linear) else None
+    return weight is not None and weight.is_floating_point()
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

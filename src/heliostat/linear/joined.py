@@ -1,10 +1,14 @@
-"""Linears of one input as one product: their weights lie end to end in memory, and stay views of it."""
+"""Linears of one input as one product: their weights lie end to end in memory, and stay views of it.
+
+Where one of them is in codebooks there is nothing to lay end to end: then they run one after the other.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from heliostat.linear.codebook import CodebookLinear
 from heliostat.linear.lora import AdaptedLinear, Route, plain_linear
 from heliostat.ops.linear import linear
 
@@ -20,8 +24,11 @@ class Joined:
         self.names = names
         inner = [plain_linear(getattr(parent, name)) for name in names]
         self.sizes = [part.out_features for part in inner]
-        self.weight = torch.cat([part.weight.data for part in inner])
+        self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        if any(isinstance(part, CodebookLinear) for part in inner):
+            return
+        self.weight = torch.cat([part.weight.data for part in inner])
         if any(part.bias is not None for part in inner):
             self.bias = torch.cat([_bias(part) for part in inner])
         for part, own in zip(inner, self.weight.split(self.sizes), strict=True):
@@ -32,12 +39,17 @@ class Joined:
         for name in self.names:
             if isinstance(part := getattr(parent, name), AdaptedLinear):
                 part.make_ready()
-        y, start = linear(x, self.weight, self.bias), 0
+        y, start = self._product(parent, x), 0
         for name, size in zip(self.names, self.sizes, strict=True):
             part, own = getattr(parent, name), slice(start, start := start + size)
             if route is not None and isinstance(part, AdaptedLinear):
                 y[..., own] = part.adapted(y[..., own], x, route)
         return y
+
+    def _product(self, parent: nn.Module, x: Tensor) -> Tensor:
+        if self.weight is not None:
+            return linear(x, self.weight, self.bias)
+        return torch.cat([plain_linear(getattr(parent, name))(x) for name in self.names], dim=-1)
 
 
 def _bias(part: nn.Linear) -> Tensor:

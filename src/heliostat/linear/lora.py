@@ -130,6 +130,14 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def like_weight(part: nn.Module) -> Tensor:
+    """An empty tensor where a Linear's weight lies, in its number format; of one without dense weight float32."""
+    own = dict(part.named_parameters(recurse=False))
+    if "weight" in own:
+        return own["weight"].new_empty(0)
+    return next(part.buffers(recurse=False)).new_empty(0, dtype=torch.float32)
+
+
 def plain_linear(part: nn.Module) -> nn.Linear:
     """The Linear itself, with or without adapters beside it."""
     inner = part.inner if isinstance(part, AdaptedLinear) else part
@@ -149,8 +157,8 @@ def add_adapter(model: nn.Module, name: str, *, r: int, alpha: float, targets: I
 
 def put_adapter(model: nn.Module, path: str, name: str, *, r: int, scale: float) -> LowRank:
     """Put one fresh low-rank adapter on the Linear at ``path``; the Linear is wrapped the first time."""
-    outputs, inputs = adapted_at(model, path).weight.shape
-    part = LowRank(inputs, outputs, r=r, scale=scale)
+    inner = adapted_at(model, path).inner
+    part = LowRank(inner.in_features, inner.out_features, r=r, scale=scale)
     put_part(model, path, name, part)
     return part
 
@@ -160,7 +168,7 @@ def put_part(model: nn.Module, path: str, name: str, part: Part) -> None:
     module = adapted_at(model, path)
     if isinstance(old := module.part(name), Columns):
         old.lift(module.inner)
-    module.adapters[_key(name)] = part.to(module.weight.device)
+    module.adapters[_key(name)] = part.to(like_weight(module.inner).device)
     changed(model)
 
 

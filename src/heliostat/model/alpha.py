@@ -21,6 +21,11 @@ KEPT_WHOLE = ("alpha_ma",)
 """Last names of tensors that stay float32 in every number format."""
 
 
+def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The number format of a tensor in a checkpoint or a model of ``dtype``: averages stay float32."""
+    return torch.float32 if name.endswith(KEPT_WHOLE) else dtype
+
+
 class Weighing(nn.Module):
     """How the heads of one block weigh what they read. Everything learned here starts at zero.
 

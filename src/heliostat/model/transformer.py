@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from heliostat.linear.codebook import coded_linears
 from heliostat.linear.joined import Joined
 from heliostat.linear.lora import Linear, Route, plain_linear
 from heliostat.linear.worn import Wardrobe
@@ -268,7 +269,8 @@ class Transformer(nn.Module):
             sides = ("q_proj", "k_proj", "v_proj", *attention.gates)
             attention.joined = attention.joined or Joined(attention, sides)
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
-        if native.built() and self.device.type == "cpu" and self.at_once is None:
+        dense = not coded_linears(self)
+        if native.built() and self.device.type == "cpu" and self.at_once is None and dense:
             weights, kind = [block.weights() for block in self.blocks], self.config.attention
             extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
             heads, eps = self.config.heads, self.config.norm_eps

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from heliostat.errors import Refused
 from heliostat.files import atomic_write_text, read_json, saving
-from heliostat.model.alpha import KEPT_WHOLE
+from heliostat.linear.codebook import put_codebook
+from heliostat.model.alpha import KEPT_WHOLE, format_of
 from heliostat.model.config import ModelConfig
+from heliostat.model.quantized import WEIGHT, Quantization, read_quantization
 from heliostat.model.transformer import Transformer
+from heliostat.ops.codebook import Coded
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -94,12 +97,16 @@ def refuse_not_finite(files: Iterable[Path]) -> None:
 
 
 def load_transformer(
-    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu"
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: str = "cpu", dense: bool = False
 ) -> Transformer:
-    """The checkpoint in ``folder`` as a Transformer, frozen, in ``dtype``; missing or foreign tensors are refused."""
+    """The checkpoint in ``folder`` as a Transformer, frozen, in ``dtype``; missing or foreign tensors are refused.
+
+    Linears in codebooks stay so, whatever ``dtype`` is; ``dense``: as plain ones, for who runs many tokens at once.
+    """
     with torch.device("meta"):
-        model = Transformer(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
+        plain = {name: tuple(tensor.shape) for name, tensor in _tensors(Transformer(config))}
+    quantization = read_quantization(folder)
+    expected = plain if quantization is None else quantization.shapes(plain, Path(folder))
     found: dict[str, Tensor] = {}
     for name, tensor in read_tensors(weight_files(folder)):
         if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
@@ -110,11 +117,45 @@ def load_transformer(
             )
         if tuple(tensor.shape) != expected[name]:
             raise Refused(f"{folder}: {name} is {tuple(tensor.shape)}, config.json asks for {expected[name]}")
-        found[name] = tensor.to(device=device, dtype=format_of(name, dtype))
+        coded = quantization is not None and quantization.is_coded(name)
+        found[name] = tensor.to(device=device, dtype=None if coded else format_of(name, dtype))
     missing = sorted(set(expected) - set(found))
     if missing:
         raise Refused(f"{folder} lacks {len(missing)} tensors, the first: {', '.join(missing[:3])}")
-    return assemble(config, found)
+    if quantization is None:
+        return assemble(config, found)
+    return _assemble_coded(config, found, plain, quantization, Path(folder), dtype if dense else None)
+
+
+def _assemble_coded(
+    config: ModelConfig,
+    found: dict[str, Tensor],
+    plain: Mapping[str, tuple[int, ...]],
+    quantization: Quantization,
+    folder: Path,
+    dense: torch.dtype | None,
+) -> Transformer:
+    """A Transformer with Linears in codebooks, or with what they stand for, in ``dense``."""
+    coded: dict[str, Coded] = {}
+    for path in quantization.linears:
+        coded[path] = quantization.take(found, path, plain[path + WEIGHT][1], folder)
+        if dense is not None:
+            found[path + WEIGHT] = coded.pop(path).dense(dense)
+    model = assemble(config, found)
+    for path, linear in coded.items():
+        put_codebook(model, path, linear)
+    return model
+
+
+def save_dense(source: Path, target: Path, config: ModelConfig) -> None:
+    """Write what a checkpoint in codebooks stands for as an ordinary one, in the number format of its other tensors."""
+    quantization = read_quantization(source)
+    assert quantization is not None, source
+    plain = (
+        tensor.dtype for name, tensor in read_tensors(weight_files(source)) if not quantization.is_coded(name)
+    )
+    model = load_transformer(source, config, dtype=next(plain), dense=True)
+    save_checkpoint(target, state_of(model), read_json(Path(source) / "config.json"))
 
 
 def assemble(config: ModelConfig, state: Mapping[str, Tensor]) -> Transformer:
@@ -144,11 +185,6 @@ def _tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and the buffers that are saved with them."""
     yield from model.named_parameters()
     yield from ((name, b) for name, b in model.named_buffers() if name.endswith(KEPT_WHOLE))
-
-
-def format_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The number format of a tensor in a checkpoint or a model of ``dtype``: averages stay float32."""
-    return torch.float32 if name.endswith(KEPT_WHOLE) else dtype
 
 
 def format_on_disk(files: Iterable[Path]) -> torch.dtype:
@@ -213,9 +249,11 @@ def _digest_tensor(name: str, tensor: Tensor) -> bytes:
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
-    """What of config.json belongs to the digest: all but what changes nothing."""
+    """What of config.json belongs to the digest: all but what changes nothing; and what lies in codebooks, and how."""
     config = read_json(Path(folder) / "config.json")
-    return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    facts = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    quantization = read_quantization(folder)
+    return facts if quantization is None else facts | {"quantization": quantization.facts}
 
 
 def digest_folder(folder: Path, files: list[Path], facts: Mapping[str, Any], *, fresh: bool = False) -> str:

@@ -77,7 +77,7 @@ class Hosts:
         if self.tokenizer and family.tokenizer != self.tokenizer:
             raise Refused("the family has another tokenizer than the one that serves: start the server again")
         if name in family.members:
-            verify_member(family, name)
+            verify_member(family, name, folder=self.folder)
         return family, family.row(name)
 
     def _missing(self, worker: str, wanted: Mapping[str, str]) -> dict[str, str]:

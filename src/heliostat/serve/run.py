@@ -147,7 +147,7 @@ def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster 
     family = read_family(folder)
     rows = {name: family.row(name) for name in settings.members or [*family.members, BASE]}
     for name in family.members.keys() & rows.keys():
-        verify_member(family, name)
+        verify_member(family, name, folder=folder)
     if cluster is not None:
         cluster = cluster.filled(rows)
         cluster.refuse_unreachable()

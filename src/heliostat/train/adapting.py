@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from heliostat.build import BASE, Loaded
+from heliostat.build import Loaded
 from heliostat.errors import Refused
 from heliostat.linear.adapter import save_adapter, save_columns
 from heliostat.linear.choice import add_columns, put_columns
@@ -34,14 +34,14 @@ def adapt(
     known: Mapping[str, Tensor] | None,
     ranks: Ranks,
 ) -> tuple[Modules, dict[str, nn.Parameter]]:
-    """The loaded modules and the member's own, a fresh adapter on the base; and what of it is trained.
+    """The loaded modules and the member's own, a fresh adapter on its seat; and what of it is trained.
 
-    ``resident``: nothing else runs on the base, so columns may stand in its weights. ``first_loss``: of the first batch
+    ``resident``: nothing else runs on that, so columns may stand in its weights. ``first_loss``: of the first batch
     under given modules. ``known``: columns that were chosen before, by path. Of several processes the first one's choice
     is everybody's: a sum that is rounded otherwise elsewhere could choose others.
     """
-    model = loaded[BASE].model
-    modules = {**loaded, own: Loaded(own, "", BASE, model, own)}
+    model = loaded[recipe.seat].model
+    modules = {**loaded, own: Loaded(own, "", recipe.seat, model, own)}
     assert recipe.r is not None and recipe.target_modules is not None
     if recipe.tuner == "lora":
         assert recipe.lora_alpha is not None
@@ -62,7 +62,7 @@ def adapt(
         ranks.as_first(part.columns for part in columns_of(model, own).values())
     if recipe.tuner == "paca" and resident:
         settle(model, own)
-        del modules[BASE]  # it is not there any more
+        del modules[recipe.seat]  # it is not there any more
     parts = parts_of(model, own)
     return modules, {f"{path}.{n}": p for path, part in parts.items() for n, p in part.named_parameters()}
 
@@ -72,9 +72,9 @@ def save_own(target: Path, loaded: Loaded, recipe: Settled) -> None:
     model, name = loaded.model, loaded.name
     if recipe.tuner == "paca":
         columns = {path: (part.delta, part.columns) for path, part in columns_of(model, name).items()}
-        return save_columns(target, columns, base=BASE)
+        return save_columns(target, columns, base=recipe.seat)
     assert recipe.r is not None and recipe.lora_alpha is not None
-    return save_adapter(target, model, name, r=recipe.r, alpha=recipe.lora_alpha, base=BASE)
+    return save_adapter(target, model, name, r=recipe.r, alpha=recipe.lora_alpha, base=recipe.seat)
 
 
 def keep_columns(run_folder: Path, loaded: Loaded) -> None:

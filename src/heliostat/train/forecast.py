@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from heliostat.build import BASE, config_of, load_tokenizer, read_family
+from heliostat.build import config_of, load_tokenizer, read_family
 from heliostat.family import SHARINGS, Family, Row
 from heliostat.files import readable_size
 from heliostat.model.config import ModelConfig, adapter_parameters
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.data import Batches, Example, Examples
 from heliostat.train.evaluate import CACHE_MIB as EVALUATION_MIB
-from heliostat.train.job import joined, judged, learned, settle, teacher_row
+from heliostat.train.job import joined, judged, learned, refuse_unfit, settle, teacher_row
 from heliostat.train.objective import COLUMNS
 from heliostat.train.probe import MIB, OWN, Probe, probe, resident_besides
 from heliostat.train.recipe import Recipe, Settled
@@ -122,7 +122,8 @@ def forecast(recipe: Recipe, *, processes: int = 1) -> Forecast:
     family.free_name(recipe.member, folder=recipe.family)
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
     settled = settle(recipe, config)
-    row = SHARINGS[settled.sharing].instantiate(OWN)
+    row = settled.row(OWN)
+    refuse_unfit(family, settled)
     data = _expected(settled, tokenizer, row, family)
     _, questions = judged(settled, tokenizer)
     shape = Shape(config, settled, row, data.examples)
@@ -174,9 +175,11 @@ def _teacher_weights(family: Family, config: ModelConfig, recipe: Settled) -> in
 
 def _frozen(config: ModelConfig, recipe: Settled, row: Row, trainable: int) -> tuple[int, int]:
     """Parameters that are loaded and do not move, and bytes of those that are not in the member's own weights."""
-    beside = config.parameters if BASE in row.modules or recipe.adapts else 0
-    still = config.parameters - trainable if recipe.tuner == "full" else 0
-    return beside + still, beside * (2 if recipe.bf16 else 4)
+    # In codebooks or not: training loads what they stand for.
+    still = {name for name in row.modules if name != OWN} | ({recipe.seat} if recipe.adapts else set())
+    beside = config.parameters * len(still)
+    idle = config.parameters - trainable if recipe.tuner == "full" else 0
+    return beside + idle, beside * (2 if recipe.bf16 else 4)
 
 
 @dataclass(slots=True)
@@ -261,7 +264,11 @@ def _part(config: ModelConfig, recipe: Settled, row: Row, weights: int, processe
     if processes == 1 or recipe.data_parallel == "ddp":
         return weights
     inside = sum(a * b for a, b in config.linears.values())
-    models = 1 if recipe.adapts else len(row.modules)
+    models = (
+        len({name for name in row.modules if name != OWN} | {recipe.seat})
+        if recipe.adapts
+        else len(row.modules)
+    )
     together = models * (config.parameters - config.layers * inside) + 2 * inside
     return weights // processes + together * 4
 

@@ -24,7 +24,7 @@ from heliostat.build import (
     verify_module,
 )
 from heliostat.errors import Refused
-from heliostat.family import SHARINGS, Family, Row, own_module_name
+from heliostat.family import Family, Row, own_module_name
 from heliostat.model.config import ModelConfig
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.adapting import adapt, kept_columns
@@ -90,7 +90,8 @@ def prepare(recipe: Recipe, *, ranks: Ranks = ALONE, echo: Callable[[str], None]
     config, tokenizer = config_of(folder, family), load_tokenizer(folder, family)
     settled = settle(recipe, config)
     own = own_module_name(recipe.member, family.modules)
-    row = SHARINGS[recipe.sharing].instantiate(own)
+    row = recipe.row(own)
+    refuse_unfit(family, settled)
     teacher = _load_teacher(folder, family, settled)
     data = learned(settled, tokenizer, row, teacher)
     held_out, questions = judged(settled, tokenizer)
@@ -131,6 +132,13 @@ def settle(recipe: Recipe, config: ModelConfig) -> Settled:
     settled.check_targets(config.linears)
     check_tracker(settled.report_to)
     return settled.model_copy(update={"max_length": min(settled.max_length, config.max_length)})
+
+
+def refuse_unfit(family: Family, recipe: Recipe) -> None:
+    """Refuse a ``speaker`` or ``writer`` that the family has not, or that is an adapter."""
+    for option, name in (("speaker", recipe.speaker), ("writer", recipe.writer)):
+        if name is not None and (base := family.module(name).base) is not None:
+            raise Refused(f"{option} {name!r} is an adapter on {base!r}: a whole module is needed there")
 
 
 def objective_of(job: Job, *, tell: Callable[[str], None] = lambda line: None) -> MemberObjective:
@@ -255,27 +263,28 @@ def _modules(
 ) -> tuple[dict[str, Loaded], dict[str, nn.Parameter]]:
     """The row's modules in memory, and what of them is trained."""
     frozen_kind = torch.bfloat16 if recipe.bf16 else torch.float32
-    verify_module(folder, family, BASE)
+    frozen = [name for name in row.modules if name != own]
+    for name in dict.fromkeys([BASE, *frozen]):
+        verify_module(folder, family, name)
 
-    def base(kind: torch.dtype) -> dict[str, Loaded]:
-        return load_modules(folder, family, [BASE], dtype=kind, device=recipe.device, verify=False)
+    def still(names: Sequence[str], kind: torch.dtype) -> dict[str, Loaded]:
+        # What lies in codebooks is a constant here: its weights are made once, not in every step.
+        options: dict[str, Any] = {"dtype": kind, "device": recipe.device, "verify": False, "dense": True}
+        return load_modules(folder, family, names, **options)
 
     if recipe.adapts:
         known = kept_columns(folder / RUNS / recipe.member, recipe)
-        resident = row.alone and not ranks.sharded
         return adapt(
-            base(frozen_kind),
+            still([recipe.seat, *frozen], frozen_kind),
             recipe,
             own,
-            resident=resident,
+            resident=row.alone and not ranks.sharded,
             first_loss=first_loss,
             known=known,
             ranks=ranks,
         )
-    own_model = base(torch.float32)[BASE].model
-    modules = {own: Loaded(own, "", own, own_model)}
-    if BASE in row.modules:
-        modules |= base(frozen_kind)
+    own_model = still([BASE], torch.float32)[BASE].model
+    modules = {own: Loaded(own, "", own, own_model), **still(frozen, frozen_kind)}
     for name, parameter in own_model.named_parameters():
         parameter.requires_grad_(not idle(name, row, own))
     return modules, {n: p for n, p in own_model.named_parameters() if p.requires_grad}

@@ -21,7 +21,8 @@ from heliostat.model.attention_kind import KEY, PREFIX
 from heliostat.model.config import config_json, parse_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import format_of, save_checkpoint, state_of
+from heliostat.model.alpha import format_of
+from heliostat.model.weights import save_checkpoint, state_of
 from heliostat.plot import lines
 from heliostat.train import checkpoint, step_log
 from heliostat.train.distil import Teacher, load_teacher

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from heliostat.errors import Refused
-from heliostat.family import SHARINGS, choose, sharing_named
+from heliostat.family import BASE, SHARINGS, Row, choose, sharing_named
 from heliostat.tasks.grade import DEFAULT_METRIC, METRICS, METRICS_SHOWN
 from heliostat.train.droprates import HIGHEST
 
@@ -151,6 +151,10 @@ class Recipe(Pace):
     """Held-out answers that are graded by metric at each eval_steps."""
     teacher: str | None = None
     """Member or module whose answers are learned, not the data's; the data may then be prompts alone."""
+    speaker: str | None = None
+    """Frozen module that speaks in the base's place (sun): one that `heliostat quantize` made."""
+    writer: str | None = None
+    """Frozen module that writes in the base's place (prefillshare, icarus); an adapter rides on it, too."""
     tuner: Tuner | Auto = "auto"
     """full: all of the member's own weights; lora: a low-rank adapter; paca: some columns of each weight; auto: lora for
     icarus, else full."""
@@ -199,7 +203,7 @@ class Recipe(Pace):
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
-        sharing_named(self.sharing)
+        sharing_named(self.sharing).replaced(speaker=self.speaker, writer=self.writer)
         choose(self.metric, METRICS, what="metric")
         if self.packing:
             raise Refused(
@@ -247,6 +251,16 @@ class Recipe(Pace):
         return longest <= asked.pop("max_length") and all(
             value in ("auto", settled.get(name, fields[name].default)) for name, value in asked.items()
         )
+
+    def row(self, own: str) -> Row:
+        """The row of the member, whose own module is called ``own``."""
+        sharing = sharing_named(self.sharing)
+        return sharing.instantiate(own, sharing.replaced(speaker=self.speaker, writer=self.writer))
+
+    @property
+    def seat(self) -> str:
+        """The module that an adapter rides on."""
+        return self.writer or BASE
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the run."""

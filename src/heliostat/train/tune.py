@@ -20,9 +20,10 @@ from heliostat.build import (
     write_family,
 )
 from heliostat.errors import Refused
-from heliostat.family import SHARINGS, Family, Member, own_module_name
+from heliostat.family import Family, Member, own_module_name
 from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
-from heliostat.model.weights import format_of, format_on_disk, save_checkpoint, state_of, weight_files
+from heliostat.model.alpha import format_of
+from heliostat.model.weights import format_on_disk, save_checkpoint, state_of, weight_files
 from heliostat.train import checkpoint
 from heliostat.train.adapting import keep_columns, save_own
 from heliostat.train.evaluate import accuracy_in_training
@@ -173,6 +174,7 @@ def _identity(job: Job) -> str:
     # Arguments that came later and are not used are left out: as runs say that were begun before.
     unused = (*(() if job.recipe.dropbp else ("dropbp", "dropbp_rates")),)
     unused += () if job.recipe.tuner == "paca" else ("columns",)
+    unused += tuple(name for name in ("speaker", "writer") if getattr(job.recipe, name) is None)
     facts = job.recipe.model_dump(exclude={*FREE, *unused}) | {
         "report_to": "none",  # as runs say that were begun before it could be anything else
         "examples": hashlib.sha256(repr(job.examples).encode()).hexdigest(),
@@ -210,9 +212,11 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> None:
         with atomic_directory(job.folder / path) as partial:
             _save_own(job, partial)
         family = family.with_module(
-            describe_module(job.folder, own, path, base=BASE if job.recipe.adapts else None, family=family)
+            describe_module(
+                job.folder, own, path, base=job.recipe.seat if job.recipe.adapts else None, family=family
+            )
         )
-        row = SHARINGS[job.recipe.sharing].instantiate(own)
+        row = job.recipe.row(own)
         digests = {name: family.module(name).digest for name in row.modules}
         facts = {k: v for k, v in job.recipe.model_dump(mode="json").items() if k not in ("family", "member")}
         losses = {

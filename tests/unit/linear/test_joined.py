@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from heliostat.linear.codebook import put_codebook
 from heliostat.linear.joined import Joined
 from heliostat.linear.lora import Linear, adapter_of, add_adapter, remove_adapter
 from heliostat.model.config import parse_config
 from heliostat.model.seam import Causal
 from heliostat.model.transformer import Transformer
+from tests.unit.ops.test_codebook import coded_of
 
 SHAPE = {
     "vocab_size": 40,
@@ -50,6 +52,23 @@ def test_a_joined_model_says_the_same(kind: str, inference: bool) -> None:
     for got, want in zip(after, before, strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert not torch.equal(before[0], before[1])
+
+
+@pytest.mark.parametrize("leaf", ["q_proj", "up_proj", "down_proj"])
+def test_a_model_with_coded_weights_joins_and_says_the_same(leaf: str) -> None:
+    model, ids, where = model_of("qwen2"), torch.arange(9)[None], torch.arange(9)[None]
+    for path, part in list(model.named_modules()):
+        if path.endswith(leaf) and isinstance(part, nn.Linear):
+            put_codebook(model, path, coded_of("m1v4g32", part.out_features, part.in_features))
+    add_adapter(model, "one", r=2, alpha=4, targets=["q_proj", "up_proj"])
+    for low_rank in adapter_of(model, "one").values():
+        nn.init.normal_(low_rank.b)
+    with torch.inference_mode():
+        want = model(ids, where, Causal(), (("one", 0, None),))
+        model.join()
+        got = model(ids, where, Causal(), (("one", 0, None),))
+    assert model.at_once is None, "one call of all blocks reads dense weights"
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_put_on_after_joining_acts_and_one_taken_off_does_not() -> None:

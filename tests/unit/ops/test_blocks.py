@@ -14,7 +14,8 @@ from heliostat.linear.lora import Route, adapter_of, add_adapter, remove_adapter
 from heliostat.linear.paca import columns_of, settle
 from heliostat.model.config import parse_config
 from heliostat.model.transformer import Transformer
-from heliostat.model.weights import assemble, format_of, state_of
+from heliostat.model.alpha import format_of
+from heliostat.model.weights import assemble, state_of
 from heliostat.ops import native
 from heliostat.ops.native.blocks import Laid
 from heliostat.ops.running import Running

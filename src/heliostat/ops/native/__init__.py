@@ -38,21 +38,26 @@ WIDEST_HEAD = 256
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are not built, not wanted, or not for this processor."""
     path = os.environ.get("HELIOSTAT_NATIVE") or str(LIBRARY)
-    if path == "0" or not Path(path).is_file():
-        return None
-    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
-        return None
-    try:
-        for openmp in _loaded_openmp():
-            ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
-        library = ctypes.CDLL(path)
-    except OSError:
+    library = opened(path) if path != "0" else None
+    if library is None:
         return None
     for name, arguments in _ARGUMENTS.items():
         for suffix in _SUFFIX.values():
             function = getattr(library, f"{name}_{suffix}")
             function.argtypes, function.restype = arguments, None
     return library
+
+
+def opened(path: str) -> ctypes.CDLL | None:
+    """A library of kernels, on torch's threads; None where it is not built, or not for this processor."""
+    if not Path(path).is_file() or not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return None
+    try:
+        for openmp in _loaded_openmp():
+            ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(path)
+    except OSError:
+        return None
 
 
 def _loaded_openmp() -> list[str]:

@@ -1,4 +1,4 @@
-"""Compiles kernels.cpp into kernels.so beside it: run by the build, or by hand. Nothing but the standard library."""
+"""Compiles kernels.cpp and codebook.cpp into libraries beside them: run by the build, or by hand. Standard library only."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCE, LIBRARY = HERE / "kernels.cpp", HERE / "kernels.so"
+LIBRARY, CODEBOOK = HERE / "kernels.so", HERE / "codebook.so"
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -22,17 +22,23 @@ FLAGS = [
     "-mavx512bf16",
     "-mfma",
 ]
+MORE = {"codebook": ["-mavx512vbmi"]}
+"""Flags of one library alone, by the name of its source: what it uses and not every such processor has."""
 
 
 def build(out: Path = LIBRARY, *, extra: Sequence[str] = ()) -> str | None:
-    """Compile into ``out``, whole or not at all; None if that worked, else why not. ``extra``: more flags."""
+    """Compile the source of ``out``'s name into it, whole or not at all; None if that worked, else why not.
+
+    ``extra``: more flags.
+    """
+    source = HERE / f"{out.stem}.cpp"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return "no C++ compiler found (g++ or clang++; CXX names another)"
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     compiled = partial.with_suffix(".o")
     steps = (
-        [compiler, *FLAGS, *extra, "-c", str(SOURCE), "-o", str(compiled)],
+        [compiler, *FLAGS, *MORE.get(out.stem, []), *extra, "-c", str(source), "-o", str(compiled)],
         # Not linked to an OpenMP: the one that torch brings is used, so that there is one set of threads.
         [compiler, "-shared", *extra, str(compiled), "-o", str(partial)],
     )
@@ -51,4 +57,4 @@ def build(out: Path = LIBRARY, *, extra: Sequence[str] = ()) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(build())
+    sys.exit(build(LIBRARY) or build(CODEBOOK))

@@ -1,0 +1,68 @@
+"""Products with a weight in codebooks where no gradient is wanted: the kernel for few rows, a kept dense copy for more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heliostat.ops import decoding
+from heliostat.ops.codebook import Coded
+from heliostat.ops.codebook_format import Format
+from heliostat.ops.linear import linear
+from heliostat.ops.native import coded as kernel
+
+CODES_READ = 2.0
+"""Rows times codes a number, up to which looking up beats reading a dense weight: docs/results/codegemm.md."""
+GPU_ROWS = 32
+"""Rows up to which the kernel for GPUs serves."""
+
+
+def most_rows(format: Format) -> int:
+    """Rows up to which the CPU kernel is the faster one; at least one."""
+    return max(1, int(CODES_READ * format.v / format.m))
+
+
+class CodedProduct:
+    """One weight; what it is laid out as is made when it is first asked for, and kept: ``bytes`` says how much that is."""
+
+    def __init__(self, coded: Coded) -> None:
+        self.coded = coded
+        self._packed: kernel.Packed | None = None
+        self._dense: Tensor | None = None
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] by the weight -> [..., M], plus bias [M]; in x's dtype, summed in float32."""
+        if not self._looks_up(x, bias):
+            return linear(x, self.dense(x), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if x.device.type == "cpu":
+            return self.packed.product(rows, bias).view(*x.shape[:-1], -1)
+        from heliostat.ops.triton_codebook import product
+
+        return product(rows, self.coded, bias).view(*x.shape[:-1], -1)
+
+    def _looks_up(self, x: Tensor, bias: Tensor | None) -> bool:
+        rows = x.numel() // x.shape[-1]
+        if x.dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != x.dtype):
+            return False
+        if x.device.type == "cpu":
+            return 0 < rows <= most_rows(self.coded.format) and kernel.built() and kernel.fits(self.coded)
+        return 0 < rows <= GPU_ROWS and decoding.has_triton()
+
+    @property
+    def packed(self) -> kernel.Packed:
+        """The layout that the CPU kernel reads."""
+        self._packed = self._packed or kernel.Packed(self.coded)
+        return self._packed
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The weight [M, K] in x's number format."""
+        if self._dense is None or self._dense.dtype != x.dtype:
+            self._dense = self.coded.dense(x.dtype)
+        return self._dense
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What is kept beside the codes themselves."""
+        dense = 0 if self._dense is None else self._dense.numel() * self._dense.element_size()
+        return {"packed": self._packed.bytes if self._packed else 0, "dense": dense}

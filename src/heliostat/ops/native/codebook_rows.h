@@ -1,0 +1,76 @@
+// Rows of a weight in codebooks against tables: 64 codes are looked up at once, in registers.
+
+#pragma once
+
+#include "codebook_tables.h"
+
+namespace {
+
+constexpr int64_t AHEAD = 1024;  // bytes: codes are fetched so early
+
+// One plane of a table, 256 bytes, in four registers.
+struct Plane {
+  __m512i part[4];
+  explicit Plane(const uint8_t* table) {
+    for (int i = 0; i < 4; ++i) part[i] = _mm512_load_si512(table + 64 * i);
+  }
+  // The bytes at 64 codes; ``high``: which codes are from 128 on.
+  __m512i at(__m512i codes, __mmask64 high) const {
+    const __m512i some = _mm512_mask2_permutex2var_epi8(part[0], codes, ~high, part[1]);
+    return _mm512_mask2_permutex2var_epi8(part[2], some, high, part[3]);  // the other codes still stand there
+  }
+};
+
+// Sums of 64 rows' bytes of one plane, 16 bits each: pairs as they lie, and their upper halves. Exact for 256 columns.
+struct Sums {
+  __m512i pairs, upper;
+  void clear() { pairs = upper = _mm512_setzero_si512(); }
+  void add(__m512i bytes) {
+    pairs = _mm512_add_epi16(pairs, bytes);  // may wrap: what the upper halves gave is taken off again
+    upper = _mm512_add_epi16(upper, _mm512_srli_epi16(bytes, 8));
+  }
+  // Of rows 16 * q and on: even bytes first.
+  __m512i wide(int q) const {
+    const __m512i some = q < 2 ? _mm512_sub_epi16(pairs, _mm512_slli_epi16(upper, 8)) : upper;
+    return _mm512_cvtepu16_epi32(q % 2 ? _mm512_extracti64x4_epi64(some, 1) : _mm512_castsi512_si256(some));
+  }
+};
+
+// COUNT strips of 64 rows over the columns of one chunk.
+template <int PLANES, int COUNT>
+struct Strips {
+  const uint8_t* codes;  // of the first strip, from the chunk's first column on
+  int64_t stride;        // from strip to strip
+
+  void run(const uint8_t* table, int64_t columns, float step, const uint16_t* scales, float* sums) const {
+    Sums found[COUNT][PLANES];
+    for (int r = 0; r < COUNT; ++r)
+      for (int p = 0; p < PLANES; ++p) found[r][p].clear();
+    for (int64_t j = 0; j < columns; ++j) {
+      const Plane upper_plane(table + j * PLANES * ENTRIES), low(table + (j * PLANES + PLANES - 1) * ENTRIES);
+      for (int r = 0; r < COUNT; ++r) {
+        const uint8_t* place = codes + r * stride + 64 * j;
+        _mm_prefetch(reinterpret_cast<const char*>(place) + AHEAD, _MM_HINT_T0);
+        const __m512i own = _mm512_load_si512(place);
+        const __mmask64 upper = _mm512_movepi8_mask(own);
+        found[r][0].add(upper_plane.at(own, upper));
+        if (PLANES == 2) found[r][PLANES - 1].add(low.at(own, upper));
+      }
+    }
+    for (int r = 0; r < COUNT; ++r) finish(found[r], columns, step, scales + 64 * r, sums + 64 * r);
+  }
+
+  static void finish(const Sums* found, int64_t columns, float step, const uint16_t* scales, float* sums) {
+    const __m512i zero = _mm512_set1_epi32(static_cast<int>(columns * (PLANES == 1 ? 128 : 32768)));
+    for (int q = 0; q < 4; ++q) {
+      __m512i whole = found[0].wide(q);
+      if (PLANES == 2) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), found[PLANES - 1].wide(q));
+      const f32v units = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole, zero));
+      const f32v scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 16 * q)));
+      const f32v before = _mm512_load_ps(sums + 16 * q);
+      _mm512_store_ps(sums + 16 * q, _mm512_fmadd_ps(units, _mm512_mul_ps(scale, _mm512_set1_ps(step)), before));
+    }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,131 @@
+"""The compiled product with a weight in codebooks: its loader, and the weight laid out as it reads it.
+
+HELIOSTAT_NATIVE=0 switches it off with the other kernels, HELIOSTAT_NATIVE_CODEBOOK=FILE takes another build of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from heliostat.ops import native
+from heliostat.ops.codebook import Coded
+from heliostat.ops.codebook_format import ENTRIES
+from heliostat.ops.native.compiling import CODEBOOK
+
+STRIP = 64
+"""Rows whose codes are looked up at once."""
+LONG = 64
+"""Entries that the kernel tries out before it rounds to 8 bits; a codebook begins with its longest ones."""
+VECTORS = 16
+"""Vectors of a row that share a table's step, at most: more would make it coarser."""
+MOST_COLUMNS = 256
+"""Bytes that are added up in 16 bits without a carry."""
+
+
+class _Coded(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "books", "scales")),
+        *((name, ctypes.c_float) for name in ("longest", "others")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "m", "v", "columns", "group", "chunk")),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("HELIOSTAT_NATIVE") == "0":
+        return None
+    library = native.opened(os.environ.get("HELIOSTAT_NATIVE_CODEBOOK") or str(CODEBOOK))
+    if library is None or not library.runs_here():
+        return None
+    where, count = ctypes.c_void_p, ctypes.c_int64
+    for function in (library.coded_linear_f32, library.coded_linear_bf16):
+        function.argtypes, function.restype = [where, where, count, where, where, count, count, count], None
+    return library
+
+
+def built() -> bool:
+    """Whether the kernel runs in this process."""
+    return _library() is not None
+
+
+def fits(coded: Coded) -> bool:
+    """Whether there is a layout of this weight for the kernel."""
+    few = coded.format.m * VECTORS <= MOST_COLUMNS
+    half = coded.scales.dtype == coded.codebooks.dtype == torch.float16
+    return few and half and coded.codes.device.type == "cpu" and coded.codes.numel() > 0
+
+
+class Packed:
+    """A weight [M, K] laid out for the kernel: codes of 64 rows side by side, column after column."""
+
+    def __init__(self, coded: Coded) -> None:
+        """Copies; ``coded`` must fit."""
+        assert fits(coded)
+        (outputs, segments, m), v = coded.codes.shape, coded.format.v
+        columns, strips = segments * m, -(-outputs // STRIP)
+        lengths = coded.codebooks.float().norm(dim=-1)  # [m, 256]
+        order = lengths.argsort(dim=1, descending=True)
+        self._books = _sorted(coded.codebooks.float(), order)  # [m, v, 256]
+        self._codes = _stripped(_renamed(coded.codes, order).view(outputs, columns), strips)
+        self._scales = torch.zeros(coded.scales.shape[1], strips * STRIP, dtype=torch.float16)
+        self._scales[:, :outputs] = coded.scales.T
+        sizes = (
+            lengths.sort(dim=1, descending=True).values.amax(0) * 1.0001
+        )  # room for how a length is rounded
+        group = segments if coded.format.g is None else coded.format.g // v
+        self.outputs, self.inputs = outputs, coded.inputs
+        self._laid = _Coded(
+            *(part.data_ptr() for part in (self._codes, self._books, self._scales)),
+            float(sizes[0]),
+            float(sizes[LONG]),
+            *(outputs, coded.inputs, m, v, columns, group * m, min(group, VECTORS) * m),
+        )
+
+    @property
+    def bytes(self) -> int:
+        """What a product reads."""
+        parts = (self._codes, self._books, self._scales)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def product(self, x: Tensor, bias: Tensor | None = None, *, planes: int = 2) -> Tensor:
+        """x [T, K] (float32 or bfloat16) by the weight -> [T, M], plus bias [M] of x's dtype.
+
+        ``planes``: bytes of a table's numbers. One rounds to about 1 % of the product, two to about 0.02 %.
+        """
+        assert x.dim() == 2 and x.shape[1] == self.inputs and planes in (1, 2), (x.shape, planes)
+        assert bias is None or (bias.dtype == x.dtype and bias.shape == (self.outputs,))
+        x = x if x.stride(1) == 1 else x.contiguous()
+        out = x.new_empty(x.shape[0], self.outputs)
+        if x.shape[0] == 0:
+            return out
+        library = _library()
+        assert library is not None
+        run = library.coded_linear_bf16 if x.dtype == torch.bfloat16 else library.coded_linear_f32
+        at = None if bias is None else bias.data_ptr()
+        laid = ctypes.byref(self._laid)
+        run(laid, x.data_ptr(), x.stride(0), at, out.data_ptr(), self.outputs, x.shape[0], planes)
+        return out
+
+
+def _sorted(books: Tensor, order: Tensor) -> Tensor:
+    rows = torch.arange(books.shape[0])[:, None]
+    return books[rows, order].transpose(1, 2).contiguous()
+
+
+def _renamed(codes: Tensor, order: Tensor) -> Tensor:
+    """Codes [M, S, m] for codebooks whose entries were put in ``order`` [m, 256]."""
+    now = torch.empty_like(order).scatter_(1, order, torch.arange(ENTRIES).expand_as(order)).to(torch.uint8)
+    return torch.stack([now[book][codes[..., book].int()] for book in range(codes.shape[-1])], dim=-1)
+
+
+def _stripped(codes: Tensor, strips: int) -> Tensor:
+    """Codes [M, columns] -> [strips, columns, 64]: the first half of a strip's rows at even places."""
+    whole = codes.new_zeros(strips * STRIP, codes.shape[1])
+    whole[: codes.shape[0]] = codes
+    places = torch.arange(STRIP).view(2, -1).T.flatten()  # 0, 32, 1, 33, ...
+    return whole.view(strips, STRIP, -1)[:, places].transpose(1, 2).contiguous()
