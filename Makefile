@@ -13,10 +13,10 @@ VLLM := .venv-vllm/bin/python
 OPENVINO := .venv-openvino/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow check lint types format bench bench-gpu vllm-env openvino-env results docs clean
+.PHONY: help demo base test test-slow check lint types format bench bench-pages bench-gpu bench-gpu-train vllm-env openvino-env results docs clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/heliostat/ops/native/*.cpp src/heliostat/ops/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
@@ -52,11 +52,27 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## training steps, tuners side by side, a routing decision; the engine beside others that are installed
+SHORT := out/bench/short
+TRACES ?=
+
+bench: $(STAMP)  ## a short version of everything, under ten minutes, into out/bench: no 95th percentiles
+	rm -rf $(SHORT)
+	$(BIN)/heliostat bench workflow --quick --members 4 --compare independent,multilora,icarus --out $(SHORT)/react
+	$(BIN)/heliostat bench workflow --quick --workflow reflexion --members 4 --compare independent,prefillshare --out $(SHORT)/reflexion
+	$(BIN)/heliostat bench decode --quick --members 4 --compare independent,multilora,sun --shape 24M --out $(SHORT)/decode
+	$(BIN)/python -m heliostat.bench.profile --short --docs $(SHORT)
+	$(BIN)/python -m heliostat.bench.routing --decisions 500 --docs $(SHORT)
+	$(BIN)/python -m heliostat.bench.step_time --repeats 5 --docs $(SHORT)
+	$(BIN)/heliostat bench train --hidden-size 128 --batch 1 --repeats 1 --loss-steps 0 --out $(SHORT)/tuners
+
+bench-pages: $(STAMP)  ## what docs/results holds of speed, measured again: an hour; TRACES="FILE ..." replays them, too
 	$(BIN)/python -m heliostat.bench.step_time
 	$(BIN)/heliostat bench train --hidden-size 384 --batch 2 --repeats 5 --out docs/results
 	$(BIN)/python -m heliostat.bench.routing
+	$(BIN)/python -m heliostat.bench.profile
+	$(if $(TRACES),$(BIN)/python -m heliostat.bench.replaying $(TRACES))
 	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
+	$(BIN)/python -m heliostat.bench.readme
 
 vllm-env: .venv-vllm/.stamp  ## .venv-vllm: vLLM for CPUs, in an environment of its own
 
@@ -66,10 +82,12 @@ openvino-env: .venv-openvino/.stamp  ## .venv-openvino: OpenVINO GenAI, in an en
 	$(PYTHON) scripts/peer_env.py $* .venv-$*
 	@touch $@
 
-bench-gpu: $(STAMP)  ## on a CUDA device: the tests that need one, decoding, attention, prefill, tuners on an 8B shape
+bench-gpu: $(STAMP)  ## on a CUDA device, nine minutes: its tests, decoding, attention, prefill, families of an 8B shape
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m heliostat.bench.gpu
+
+bench-gpu-train: $(STAMP)  ## on a CUDA device: tuners side by side on an 8B shape
 	$(BIN)/heliostat bench train --device cuda --tuners lora,paca --hidden-size 4096 --layers 32 --vocabulary 128256 --batch 1 --length 2048 --spoken 512 --r 32 --no-peft --loss-steps 0 --budget-mib 81920 --out out/bench-gpu
 
 base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one core

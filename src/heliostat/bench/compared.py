@@ -75,7 +75,7 @@ def best_pilot(it: Comparison, found: Found, load: float) -> int:
 def peak(it: Comparison, found: Found) -> float:
     """Sessions a second that the baseline gets through at most: the median of its rounds."""
     points = _rounds(it, found, None, it.baseline.name)
-    return median(point["sessions_a_second"] for point in points)
+    return float(median(point["sessions_a_second"] for point in points))
 
 
 def _rounds(it: Comparison, found: Found, variant: Variant | None, system: str) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from heliostat.bench.counting import PAGE, Counted, count
 from heliostat.bench.measured import planned_log
@@ -47,7 +48,7 @@ class Variant:
     """A comparison with one thing changed; its peaks alone are measured."""
 
     name: str
-    load: Mapping[str, object] = field(default_factory=dict)
+    load: Mapping[str, Any] = field(default_factory=dict)
     pool: str | None = None
 
 

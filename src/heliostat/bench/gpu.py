@@ -1,4 +1,4 @@
-"""On a GPU: decoding with recorded passes and without, attention over pages by each body, and prefill.
+"""On a GPU: decoding with recorded passes and without, attention over pages by each body, prefill, families of members.
 
 ``--dry-run`` runs all of it with tiny shapes on the CPU, where a recorded pass is the function itself: it shows that the
 script works, and its numbers mean nothing.
@@ -21,6 +21,7 @@ import torch
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.decode import PROMPT, STEPS, Ours, median, prompts, shape
+from heliostat.bench.gpu_families import LLAMA_8B, Families, consolidated, tables
 from heliostat.build import Loaded, best_dtype, device_named
 from heliostat.engine.engine import PAGE_SIZE
 from heliostat.engine.graphs import as_it_is
@@ -45,18 +46,28 @@ class Plan:
     batches: Sequence[int]
     contexts: Sequence[int]
     repeats: int
+    families: Families
 
 
 def real(device: str, model: str, repeats: int) -> Plan:
     """On a GPU. Raises Refused where there is none."""
     if torch.device(device).type != "cuda":
         raise Refused(f"device is {device}; this measures a GPU: take a machine with one, or --dry-run")
-    return Plan(device, shape(model), (1, 2, 4, 8, 16, 32, 64), (256, 1024, LONGEST), repeats)
+    return Plan(
+        device,
+        shape(model),
+        (1, 2, 4, 8, 16, 32, 64),
+        (256, 1024, LONGEST),
+        repeats,
+        Families(device, LLAMA_8B),
+    )
 
 
 def tiny() -> Plan:
     """Everywhere, in seconds."""
-    return Plan("cpu", {**shape("24M"), **TINY, "num_key_value_heads": 2}, (1, 3), (40, 600), 1)
+    model = {**shape("24M"), **TINY, "num_key_value_heads": 2}
+    families = Families("cpu", model, 2, 3, (1, 2), prompt=20, context=40, steps=5, repeats=1)
+    return Plan("cpu", model, (1, 3), (40, 600), 1, families)
 
 
 def engine_of(plan: Plan) -> Ours:
@@ -171,7 +182,8 @@ def page(found: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['batch']} | {row['context']} | {told[0]} | {told[1]} | {1e6 * row['plain']:.0f} |"
         )
-    return "\n".join([*lines, ""])
+    each, context = found["each"], found["context"]
+    return "\n".join([*lines, *tables(found["families"], each, context), ""])
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -187,7 +199,14 @@ def main(given: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(given)
     plan = tiny() if asked.dry_run else real(device_named(asked.device), asked.model, asked.repeats)
     ours = engine_of(plan)
-    found = {"decode": decoding(ours, plan), "attention": attention(plan), "prefill": prefill(ours, plan)}
+    found = {
+        "each": plan.families.each,
+        "context": plan.families.context,
+        "decode": decoding(ours, plan),
+        "attention": attention(plan),
+        "prefill": prefill(ours, plan),
+        "families": consolidated(plan.families),
+    }
     command = f"python -m heliostat.bench.gpu --model {asked.model} --repeats {asked.repeats}"
     kind = str(ours.model.dtype).removeprefix("torch.")
     birth = certificate("python -m heliostat.bench.gpu --dry-run" if asked.dry_run else command, dtype=kind)

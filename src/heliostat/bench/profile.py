@@ -200,10 +200,8 @@ def moving(stand: Stand, plan: Plan) -> list[dict[str, Any]]:
             promise = Promise(
                 theirs.name, theirs.incarnation, pages, [0] * len(pages), _digests(theirs, pages)
             )
-            bring, lend = (
-                median(partial(work, theirs, given), plan.repeats)
-                for work, given in ((partial(_bring, ours), promise), (_digests, pages))
-            )
+            bring = median(partial(_bring, ours, theirs, promise), plan.repeats)
+            lend = median(partial(_digests, theirs, pages), plan.repeats)
             found.append({"tokens": length, "bytes": len(pages) * width, "bring": bring, "lend": lend})
     return found
 

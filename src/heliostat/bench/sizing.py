@@ -22,7 +22,8 @@ MOST = 256
 """Workers up to which a service is simulated event by event."""
 ALONE = 24
 """Sessions, one after the other, that tell whether limits can be met at all."""
-TRIALS = 40
+TRIALS = 24
+"""Numbers of workers that are tried upwards before it is given up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +96,9 @@ class Sizing:
         pools = pools_of(self.case, split=split, apart=apart)
         if why := self._never(pools):
             return Sized(sharing=self.case.name, split=split, apart=apart, counts={}, why_not=why)
-        start = {pool.name: self._start(pool) for pool in pools}
-        if None in start.values() or sum(filter(None, start.values())) > MOST:
+        counts = {pool.name: self._start(pool) for pool in pools}
+        if sum(counts.values()) > MOST:
             return self.reckoned(split=split, apart=apart)
-        counts = {name: number or 1 for name, number in start.items()}
         for _ in range(TRIALS):
             run, busy = self._run(pools, counts)
             poor = self._poor(pools, run)
@@ -133,10 +133,10 @@ class Sizing:
         run, _ = self._run(pools, counts)
         return not self._poor(pools, run)
 
-    def _start(self, pool: Pool) -> int | None:
-        """A few less than formulas say: who has too many would not be told."""
-        found = fewest(self.machine, self.case, pool, self.demand, self.limits, most=4 * MOST)
-        return None if found is None else max(1, round(0.8 * found))
+    def _start(self, pool: Pool) -> int:
+        """A few less than formulas say: who has too many would not be told. One where formulas know no number."""
+        found = fewest(self.machine, self.case, pool, self.demand, self.limits, most=10**6)
+        return 1 if found is None else max(1, round(0.8 * found))
 
     def _never(self, pools: Sequence[Pool]) -> str:
         """Why not even an idle service keeps the limits; empty: it does."""

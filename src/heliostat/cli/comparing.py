@@ -189,7 +189,7 @@ def _swept(pools: str, switches: str, popularity: str) -> tuple[Variant, list[Va
     some = _floats(switches, "switches")
     skews = {name: popularity_named(name) for name in popularity.split(",")}
     wanted = pools.split(",")
-    fixed: dict[str, object] = {"switch": some[0], "popularity": next(iter(skews.values()))}
+    fixed: dict[str, Any] = {"switch": some[0], "popularity": next(iter(skews.values()))}
     swept = [
         *(Variant(f"pool {pool}", pool=pool) for pool in wanted[1:]),
         *(Variant(f"switching {switch:g}", {"switch": switch}) for switch in some[1:]),

@@ -18,6 +18,19 @@ if TYPE_CHECKING:
     from heliostat.bench.layout import Machine
     from heliostat.bench.logs import Log, Tokenize
 
+Gpu = Annotated[
+    str | None, typer.Option(help="A GPU: workers and cost are told, as simulated.", show_default=False)
+]
+Costs = Annotated[
+    Path | None, typer.Option(help="Instead: a table of python -m heliostat.bench.steps.", show_default=False)
+]
+Price = Annotated[
+    float | None, typer.Option(help="Of one worker for an hour, in any currency.", show_default=False)
+]
+Model = Annotated[
+    str | None, typer.Option(help="1b, 3b, 8b, 70b or a config.json; the family's base.", show_default=False)
+]
+
 
 def plan(
     logs: Annotated[
@@ -31,20 +44,10 @@ def plan(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines that are no request.")
     ] = False,
-    gpu: Annotated[
-        str | None, typer.Option(help="A GPU: workers and cost are told, as simulated.", show_default=False)
-    ] = None,
-    costs: Annotated[
-        Path | None,
-        typer.Option(help="Instead: a table of python -m heliostat.bench.steps.", show_default=False),
-    ] = None,
-    price: Annotated[
-        float | None, typer.Option(help="Of one worker for an hour, in any currency.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="1b, 3b, 8b, 70b or a config.json; the family's base.", show_default=False),
-    ] = None,
+    gpu: Gpu = None,
+    costs: Costs = None,
+    price: Price = None,
+    model: Model = None,
     ttft: Annotated[float, typer.Option(help="Limit, seconds.")] = 2.0,
     tpot: Annotated[float, typer.Option(help="Limit, seconds.")] = 0.05,
     stretch: Annotated[int, typer.Option(min=2, help="Requests of the log that are simulated.")] = 1_000,

@@ -7,12 +7,16 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from heliostat.cli.printing import Json, note, print_json, print_table
 from heliostat.errors import Refused
+
+if TYPE_CHECKING:
+    from heliostat.bench.costs import Fitted
+    from heliostat.bench.workers import Found
 
 
 def workers(
@@ -40,22 +44,11 @@ def workers(
     as_json: Json = False,
 ) -> None:
     """Kind (B): each worker alone on one core, as measured; the service on counted time, by the real router."""
-    from heliostat.bench.birth import certificate
     from heliostat.bench.costs import read_costs
     from heliostat.bench.records import Limits
-    from heliostat.bench.workers import (
-        HEADS,
-        machine_of,
-        markdown,
-        sentences,
-        told,
-        write_report,
-    )
-    from heliostat.bench.workers import (
-        compare as look,
-    )
+    from heliostat.bench.workers import HEADS, machine_of, sentences, told
+    from heliostat.bench.workers import compare as look
     from heliostat.bench.workloads import Lengths, Load, popularity_named
-    from heliostat.files import atomic_write_text
 
     measured = read_costs(costs)
     load = Load(
@@ -77,7 +70,22 @@ def workers(
         loads=_numbers(loads),
         tell=note,
     )
-    birth = certificate(shlex.join(["heliostat", *sys.argv[1:]]), costs=measured.about["birth"], seed=seed)
+    facts = _write(found, measured, out, docs)
+    if as_json:
+        return print_json(facts)
+    print("\n".join(sentences(found)))
+    print_table(told(found), title="workers at equal service", columns=list(HEADS))
+    print(f"report: {out / 'report.html'}")
+
+
+def _write(found: Found, measured: Fitted, out: Path, docs: Path | None) -> dict[str, Any]:
+    """results.json, report.html and the page; returns what results.json holds."""
+    from heliostat.bench.birth import certificate
+    from heliostat.bench.workers import markdown, write_report
+    from heliostat.files import atomic_write_text
+
+    command = shlex.join(["heliostat", *sys.argv[1:]])
+    birth = certificate(command, costs=measured.about["birth"], seed=found.load.seed)
     facts = {"birth": birth, "kind": "B: workers saved at equal service, simulated", **asdict(found)}
     text = json.dumps(facts, indent=1, default=str) + "\n"
     out.mkdir(parents=True, exist_ok=True)
@@ -87,11 +95,7 @@ def workers(
         docs.mkdir(parents=True, exist_ok=True)
         atomic_write_text(docs / "workers.json", text)
         atomic_write_text(docs / "workers.md", markdown(found, birth))
-    if as_json:
-        return print_json(facts)
-    print("\n".join(sentences(found)))
-    print_table(told(found), title="workers at equal service", columns=list(HEADS))
-    print(f"report: {out / 'report.html'}")
+    return facts
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Costs: the short description of a step is that of its passes, a fit finds what made the numbers, bad tables are refused."""
+"""Costs: a step's short description is that of its passes, a fit finds what made the numbers, bad tables are refused."""
 
 import json
 import random

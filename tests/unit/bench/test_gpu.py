@@ -18,7 +18,15 @@ def test_the_dry_run_writes_its_page(tmp_path: Path) -> None:
     assert [row["batch"] for row in rows["decode"]] == [row["batch"] for row in rows["prefill"]] == [1, 3]
     assert all(row["on"] > 0 and row["off"] > 0 for row in rows["decode"])
     assert len(rows["attention"]) == 4 and all(row["torch_error"] < 0.05 for row in rows["attention"])
+    families = {row["system"]: row for row in rows["families"]}
+    assert list(families) == ["independent", "multilora", "sun", "prefillshare", "icarus"]
+    assert (
+        families["sun"]["bytes"] == 1.5 * families["independent"]["bytes"] == 3 * families["icarus"]["bytes"]
+    )
+    assert (families["sun"]["members"], families["multilora"]["members"]) == (2, 3)
+    assert all(row["1"] > 0 and row["2"] > 0 and row["context"] > 0 for row in families.values())
     page = (tmp_path / "gpu.md").read_text()
+    assert "consolidation" in page and "| icarus | 3 |" in page
     assert page.count("\n| 1 |") == 3 and "--dry-run" in page
 
 

@@ -14,9 +14,9 @@ def trace(tmp_path: Path) -> Path:
     asked = [
         {
             "timestamp": 1000 * turn + talk,
-            "input_length": 512 * (turn + 1) + 16,
+            "input_length": 512 * (turn + 2) + 16,
             "output_length": 20,
-            "hash_ids": [*(100 * talk + n for n in range(turn + 1)), 1000 * talk + turn],
+            "hash_ids": [*(100 * talk + n for n in range(turn + 2)), 1000 * talk + turn],
         }
         for turn in range(3)
         for talk in (1, 2)
@@ -34,9 +34,7 @@ def test_sharing_finds_what_another_member_read(trace: Path, tmp_path: Path) -> 
     assert found["licence"] == "Apache-2.0" and found["requests"] == 6 and found["conversations"] == 2
     alone, shared = found["systems"]["independent"], found["systems"]["icarus"]
     assert alone["hits"] == 0.0, "every turn is another member's"
-    assert shared["hits"] == pytest.approx((2 * 32 + 2 * 64) / (2 * 32 * 6)), (
-        "all whole pieces of the turns before"
-    )
-    assert alone["prompt_tokens"] == shared["prompt_tokens"] == 2 * 32 * 6
+    assert alone["prompt_tokens"] == shared["prompt_tokens"] == 2 * (65 + 97 + 129)
+    assert shared["hits"] == pytest.approx((64 + 96) / (65 + 97 + 129)), "the whole pieces of the turn before"
     page = (tmp_path / "replay.md").read_text()
     assert "Mooncake" in page and "made up" in page and str(tmp_path) not in page

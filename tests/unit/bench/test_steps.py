@@ -21,7 +21,7 @@ TINY = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "in
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[dict[str, Loaded]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(decode.SHAPES, "tiny", TINY)  # type: ignore[arg-type]
+        patch.setitem(decode.SHAPES, "tiny", TINY)
         yield toolbox("tiny", dtype=torch.float32)
 
 

@@ -428,7 +428,7 @@ def test_timings_are_told_only_to_who_asks(serving: Serving) -> None:
             assert "heliostat_timings" not in (await served.chat())["usage"]
             events = await served.stream(timings=True, stream_options={"include_usage": True})
             assert len(events[-2]["usage"]["heliostat_timings"]) == 1
-            nowhere = {"timings": True, "stream": True}
+            nowhere: dict[str, Any] = {"timings": True, "stream": True}
             assert "include_usage" in (await served.chat(status=400, **nowhere))["error"]["message"]
 
     run(work())

@@ -219,7 +219,7 @@ class Blocks:
         shape = _Shape(*self._sizes, slots, pages * slots * self._sizes[3] * self._sizes[4])
         parts = (x, room, *angles, laid.keys, laid.values, laid.writes, laid.slots)
         at = [part.data_ptr() for part in parts]
-        wearing = (_Worn * len(worn))(*((dress.at, start, stop) for dress, start, stop in worn))
+        wearing = (_Worn * len(worn))(*(_Worn(dress.at, start, stop) for dress, start, stop in worn))
         adapters = (ctypes.addressof(wearing), len(worn), ranks)
         asked = (laid.writes.numel(), laid.entries.laid(), *adapters, self._eps, self._mixing(laid))
         native.run_blocks(x, _Blocks(shape, ctypes.addressof(self._at), rows, *at, *asked))
