@@ -10,6 +10,7 @@ from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.pretrain_recipe import PretrainRecipe, SettledPretraining
 from heliostat.train.pretrain_text import paragraphs, read_rows, tokenizer_folder
+from heliostat.train.spellings import make_recipe
 
 SUMS = "\n\n".join(f"{a} and {b} is {a + b}" for a in range(12) for b in range(5))
 ODD = "caf\u00e9 \u4f60\u597d \U0001f52d\ttabs\nlines  and   spaces, 12345"
@@ -102,7 +103,7 @@ def test_files_that_cannot_be_read_are_named_with_their_line(
 )
 def test_wishes_that_do_not_fit_together(values: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
-        PretrainRecipe(output_dir="out", **values)
+        make_recipe(PretrainRecipe, {"output_dir": "out", **values})
 
 
 def test_a_tokenizer_may_be_asked_for_in_one_place() -> None:
