@@ -304,7 +304,9 @@ def test_a_family_on_such_a_base_is_tuned_checked_and_exported(family: Path, tmp
     )
     assert not (out / "reproduce.py").exists() and read_config(out).attention.name == "affine+gated"
     import_member(family, "again", out)
-    assert LLM(family, members=["again"], dtype="float32").generate("add 2 and 3", member="again", max_tokens=5)
+    assert LLM(family, members=["again"], dtype="float32").generate(
+        "add 2 and 3", member="again", max_tokens=5
+    )
 
 
 def test_what_was_pretrained_with_other_options_cannot_join(
