@@ -152,7 +152,11 @@ def test_who_begins_a_turn_changes_and_ratios_are_of_one_turn() -> None:
     order: list[tuple[str, int]] = []
 
     def run(name: str, seconds: float) -> Any:
-        return lambda turn: (order.append((name, turn)), seconds * (1 + turn))[1]
+        def once(turn: int) -> float:
+            order.append((name, turn))
+            return seconds * (1 + turn)
+
+        return once
 
     found = attention_time.in_turn({"softmax": run("softmax", 1.0), "sink": run("sink", 1.5)}, 5)
     assert [name for name, _ in order[:4]] == ["softmax", "sink", "sink", "softmax"]

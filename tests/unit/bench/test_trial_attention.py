@@ -51,7 +51,7 @@ def library(tmp_path: Path) -> Path:
 def test_a_trial_trains_measures_and_is_kept(
     tmp_path: Path, wiki: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SIZES, "toy", TOY)  # type: ignore[index]
+    monkeypatch.setitem(SIZES, "toy", TOY)
     monkeypatch.setattr(attention_text, "documentation", lambda library: {"a": "some words " * 90})
     attention_text.write(tmp_path / "text", wiki, wiki)
     tokenizer_at(tmp_path, "toy")
