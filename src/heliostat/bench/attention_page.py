@@ -38,13 +38,14 @@ def perplexities(row: Mapping[str, Any]) -> list[float]:
 def page(rows: Mapping[str, Any], times: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
     """Everything as Markdown."""
     there = sum(len(row["tried"]) + len(row["report"]) - 1 for row in rows.values())
-    parts = ["# Kinds of attention, from scratch", "", *_head(rows, birth), ""]
+    parts = ["# Kinds of attention, from scratch", ""]
     if there < birth["wanted"]:
         parts += [
-            f"**Not complete: {there} of {birth['wanted']} trials are in these tables.** A kind is shown once all its "
-            "rates are tried; see the number of seeds. The command above runs what is missing.",
+            f"**Not complete: {there} of {birth['wanted']} trials are in these tables**, so kinds with fewer rates or",
+            "seeds are not comparable with the others. The command below runs what is missing.",
             "",
         ]
+    parts += [*_head(rows, birth), ""]
     if rows:
         parts += ["## Verdict, at this scale", "", *verdicts(rows, times), ""]
         parts += ["## Losses", "", *_losses(rows), "", "![loss](attention-loss.svg)", ""]
@@ -156,10 +157,12 @@ def _losses(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _rates(rows: Mapping[str, Any]) -> list[str]:
-    rates = list(next(iter(rows.values()))["tried"])
+    rates = sorted({rate for row in rows.values() for rate in row["tried"]}, key=float)
     table = [f"| | {' | '.join(rates)} |", f"|---|{'---|' * len(rates)}"]
     for kind, row in rows.items():
-        losses = " | ".join(f"{row['tried'][rate]:.4f}" for rate in rates)
+        losses = " | ".join(
+            f"{row['tried'][rate]:.4f}" if rate in row["tried"] else "not yet" for rate in rates
+        )
         table.append(f"| {shown(kind)} | {losses} |")
     return table
 
