@@ -35,6 +35,7 @@ TIMES: Mapping[str, Sequence[str]] = {
     "training 1M": ("heliostat.bench.attention_time", "1M"),
     "training 25M": ("heliostat.bench.attention_time", "25M"),
     "decode 24M": ("heliostat.bench.decode_kinds", "24M"),
+    "decode 100M": ("heliostat.bench.decode_kinds", "100M"),
 }
 """What is timed, each in a process of its own: its words behind ``python -m``."""
 

@@ -128,11 +128,11 @@ def _calmer(rows: Mapping[str, Any]) -> str:
 
 def _at_edge(row: Mapping[str, Any]) -> bool:
     tried = sorted(map(float, row["tried"]))
-    return row["learning_rate"] in (tried[0], tried[-1])
+    return len(tried) > 2 and row["learning_rate"] in (tried[0], tried[-1])
 
 
 def _goal(name: str, ratios: Mapping[str, float]) -> str:
-    others = {kind: ratio for kind, ratio in ratios.items() if kind.split(",")[0] != PLAIN}
+    others = {kind: ratio for kind, ratio in ratios.items() if not kind.startswith(PLAIN)}
     missed = [f"{kind} {ratio - 1:+.1%}" for kind, ratio in others.items() if ratio > GOAL]
     goal = f"at most {GOAL - 1:.0%} more than softmax"
     if not missed:
@@ -224,7 +224,8 @@ def _costs(times: Mapping[str, Any]) -> list[str]:
     ]
     for name, facts in times.items():
         count = facts.get("repeats", facts.get("rounds"))
-        parts += ["", f"{name}, {count} turns:", "", "| | of softmax | step, ms |", "|---|---|---|"]
+        commit = f", commit {facts['commit']}" if "commit" in facts else ""
+        parts += ["", f"{name}, {count} turns{commit}:", "", "| | of softmax | step, ms |", "|---|---|---|"]
         seconds = (
             {f"{row['kind']}, batch {row['batch']}": row["seconds"] for row in facts["steps"]}
             if "steps" in facts

@@ -123,7 +123,7 @@ def test_a_page_of_some_trials_says_what_is_missing(tmp_path: Path) -> None:
     assert "Not complete: 9 of 35 trials" in page and "Not measured yet" in page
     assert "| sink | not yet | 5.0000 | not yet |" in page
     assert "one seed, so it may be chance" in page
-    assert "best rate tried is the highest or lowest for affine, n visible, sink" in page
+    assert "best rate tried is the highest or lowest for affine, n visible:" in page
     assert "no trial is done" in attention_page.page({}, {}, birth())
 
 
