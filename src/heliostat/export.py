@@ -55,6 +55,7 @@ TOKENIZER = (
     "added_tokens",
 )
 
+
 def export_member(folder: Path, member: str, out: Path) -> Path:
     """Write the member's own half to ``out``: weights or adapter, tokenizer, card, licence, row, reproducing script.
 
