@@ -51,10 +51,8 @@ def write_checkpoint(folder: Path, *, seed: int = 0, **shape: Any) -> Path:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.25)
-    for (
-        name,
-        tensor,
-    ) in model.state_dict().items():  # as if trained, so that each part of attention can be seen
+    # As if trained, so that each part of attention can be seen.
+    for name, tensor in model.state_dict().items():
         if name.endswith("sinks"):
             torch.nn.init.normal_(tensor)
         elif name.endswith("alpha_ma"):

@@ -178,7 +178,7 @@ class Plain:
             learned = f"{own}alpha_proj" if kind.alpha == "learned" else None
             alpha = (0.1 * self._linear(x, learned) + 0.5).clamp(0, 1) if learned else torch.tensor([[0.5]])
             for row, place in enumerate(places.tolist()):
-                count = place + 1 if kind.n == "visible" else kind.length
+                count = kind.length or place + 1
                 beta = (self.state[f"{own}alpha_ma"] - alpha[row % len(alpha)]) / count
                 whole = values[: place + 1].sum(0).repeat_interleave(said.shape[1] // values.shape[1], 0)
                 said[row] = alpha[row % len(alpha), :, None] * said[row] + beta[:, None] * whole

@@ -35,6 +35,7 @@ TIMES: Mapping[str, Sequence[str]] = {
     "training 1M": ("heliostat.bench.attention_time", "1M"),
     "training 25M": ("heliostat.bench.attention_time", "25M"),
     "decode 24M": ("heliostat.bench.decode_kinds", "24M"),
+    "decode 100M": ("heliostat.bench.decode_kinds", "100M"),
 }
 """What is timed, each in a process of its own: its words behind ``python -m``."""
 
@@ -66,13 +67,14 @@ def _words(folder: Path, trial: AttentionTrial, device: str) -> list[str]:
 
 
 def chosen(folder: Path, *, steps: int, size: str) -> dict[str, AttentionTrial]:
-    """The best trial of each kind whose learning rates are all tried."""
-    tried = {kind: search(kind, steps=steps, size=size) for kind in KINDS}
-    return {
-        kind: best(folder, trials)
-        for kind, trials in tried.items()
-        if all(kept_at(folder, t).exists() for t in trials)
-    }
+    """The best trial of each kind, of the rates that are tried; kinds without a trial are left out."""
+    tried = {kind: there(folder, search(kind, steps=steps, size=size)) for kind in KINDS}
+    return {kind: best(folder, trials) for kind, trials in tried.items() if trials}
+
+
+def there(folder: Path, trials: Sequence[AttentionTrial]) -> list[AttentionTrial]:
+    """Those that are done."""
+    return [trial for trial in trials if kept_at(folder, trial).exists()]
 
 
 def seeds_of(trial: AttentionTrial) -> list[AttentionTrial]:
@@ -86,11 +88,11 @@ def seeds_of(trial: AttentionTrial) -> list[AttentionTrial]:
 
 
 def table(folder: Path, *, steps: int, size: str) -> dict[str, Any]:
-    """What was found by kind, of the trials that are there; kinds whose rates are not all tried are left out."""
+    """What was found by kind, of the trials that are there."""
     rows = {}
     for kind, trial in chosen(folder, steps=steps, size=size).items():
-        kept = [read_json(kept_at(folder, t)) for t in seeds_of(trial) if kept_at(folder, t).exists()]
-        tried = search(kind, steps=steps, size=size)
+        kept = [read_json(kept_at(folder, t)) for t in there(folder, seeds_of(trial))]
+        tried = there(folder, search(kind, steps=steps, size=size))
         rows[kind] = {
             "learning_rate": trial.learning_rate,
             "tried": {f"{t.learning_rate:g}": read_json(kept_at(folder, t))["choose"] for t in tried},

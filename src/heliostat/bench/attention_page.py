@@ -38,13 +38,14 @@ def perplexities(row: Mapping[str, Any]) -> list[float]:
 def page(rows: Mapping[str, Any], times: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
     """Everything as Markdown."""
     there = sum(len(row["tried"]) + len(row["report"]) - 1 for row in rows.values())
-    parts = ["# Kinds of attention, from scratch", "", *_head(rows, birth), ""]
+    parts = ["# Kinds of attention, from scratch", ""]
     if there < birth["wanted"]:
         parts += [
-            f"**Not complete: {there} of {birth['wanted']} trials are in these tables.** A kind is shown once all its "
-            "rates are tried; see the number of seeds. The command above runs what is missing.",
+            f"**Not complete: {there} of {birth['wanted']} trials are in these tables**, so kinds with fewer rates or",
+            "seeds are not comparable with the others. The command below runs what is missing.",
             "",
         ]
+    parts += [*_head(rows, birth), ""]
     if rows:
         parts += ["## Verdict, at this scale", "", *verdicts(rows, times), ""]
         parts += ["## Losses", "", *_losses(rows), "", "![loss](attention-loss.svg)", ""]
@@ -127,11 +128,11 @@ def _calmer(rows: Mapping[str, Any]) -> str:
 
 def _at_edge(row: Mapping[str, Any]) -> bool:
     tried = sorted(map(float, row["tried"]))
-    return row["learning_rate"] in (tried[0], tried[-1])
+    return len(tried) > 2 and row["learning_rate"] in (tried[0], tried[-1])
 
 
 def _goal(name: str, ratios: Mapping[str, float]) -> str:
-    others = {kind: ratio for kind, ratio in ratios.items() if kind.split(",")[0] != PLAIN}
+    others = {kind: ratio for kind, ratio in ratios.items() if not kind.startswith(PLAIN)}
     missed = [f"{kind} {ratio - 1:+.1%}" for kind, ratio in others.items() if ratio > GOAL]
     goal = f"at most {GOAL - 1:.0%} more than softmax"
     if not missed:
@@ -156,10 +157,12 @@ def _losses(rows: Mapping[str, Any]) -> list[str]:
 
 
 def _rates(rows: Mapping[str, Any]) -> list[str]:
-    rates = list(next(iter(rows.values()))["tried"])
+    rates = sorted({rate for row in rows.values() for rate in row["tried"]}, key=float)
     table = [f"| | {' | '.join(rates)} |", f"|---|{'---|' * len(rates)}"]
     for kind, row in rows.items():
-        losses = " | ".join(f"{row['tried'][rate]:.4f}" for rate in rates)
+        losses = " | ".join(
+            f"{row['tried'][rate]:.4f}" if rate in row["tried"] else "not yet" for rate in rates
+        )
         table.append(f"| {shown(kind)} | {losses} |")
     return table
 
@@ -221,7 +224,8 @@ def _costs(times: Mapping[str, Any]) -> list[str]:
     ]
     for name, facts in times.items():
         count = facts.get("repeats", facts.get("rounds"))
-        parts += ["", f"{name}, {count} turns:", "", "| | of softmax | step, ms |", "|---|---|---|"]
+        commit = f", commit {facts['commit']}" if "commit" in facts else ""
+        parts += ["", f"{name}, {count} turns{commit}:", "", "| | of softmax | step, ms |", "|---|---|---|"]
         seconds = (
             {f"{row['kind']}, batch {row['batch']}": row["seconds"] for row in facts["steps"]}
             if "steps" in facts

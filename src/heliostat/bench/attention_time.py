@@ -45,7 +45,7 @@ class Shape:
 
 SHAPES: Mapping[str, Shape] = {
     "1M": Shape(128, 4, 4, 2048, rows=4, length=256),
-    "25M": Shape(512, 8, 8, 8192, rows=2, length=512),
+    "25M": Shape(512, 8, 8, 8192, rows=1, length=512),
 }
 """That of the trials, and one whose products outweigh what is paid for every operation."""
 

@@ -51,6 +51,8 @@ SIZES: Mapping[str, Mapping[str, int]] = {
 }
 """What a CPU can do in about a minute, and what is meant for a GPU."""
 STEPS = 400
+LOOKED_AT = 256
+"""Tokens of a text's beginning in which heads are looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,10 +163,10 @@ def _measured(folder: Path, base: Path) -> dict[str, Any]:
     model = load_transformer(base, config, dtype=torch.float32)
     records = read_jsonl(folder / "text" / f"{REPORT}.jsonl").records
     documents = [document_ids(record, tokenizer) for record in records]
-    length = config.max_length
-    rows = [ids[:length] for ids in documents if len(ids) >= length]
+    seen = min(config.max_length, LOOKED_AT)
+    rows = [ids[:seen] for ids in documents if len(ids) >= seen]
     return {
-        "report": text_loss(model, PackedRows.of(documents, length)),
+        "report": text_loss(model, PackedRows.of(documents, config.max_length)),
         "parameters": config.parameters,
         **look(model, torch.tensor(rows)),
     }

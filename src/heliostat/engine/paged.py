@@ -67,7 +67,7 @@ class PagePool:
 class Ask(Protocol):
     """How the rows of a pass attend over pages: it knows who sees what."""
 
-    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, *, sinks: Tensor | None) -> Tensor:
+    def __call__(self, q: Tensor, keys: Tensor, values: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; ``sinks`` [H]: logits without a value."""
 
 
@@ -90,7 +90,8 @@ class Paged:
         running sums, where attention needs them.
         """
         self.pool, self.writes, self.slots, self.ask, self.laid = pool, writes, slots, ask, laid
-        self._make_running, self._running = running, None
+        self._make_running = running
+        self._running: Running | None = None
 
     @property
     def running(self) -> Running:

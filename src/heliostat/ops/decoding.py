@@ -5,9 +5,9 @@ Three bodies that agree: the compiled kernel of a CPU, a Triton kernel on a GPU 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,13 @@ class RowPages:
     """[T], at least 1."""
 
 
-Body = Callable[[Tensor, Tensor, Tensor, RowPages, Tensor | None], Tensor]
+class Body(Protocol):
+    """One way to attend."""
+
+    def __call__(
+        self, q: Tensor, keys: Tensor, values: Tensor, rows: RowPages, sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [T, H, D] over pages [P, S, K, D] -> [T, H, D]; ``sinks`` [H]: logits without a value."""
 
 
 def row_attention(

@@ -54,21 +54,27 @@ class Running:
                 found.append((row, number, place, seen))
         ordered = sorted(found)
         count, wide = sum(len(run) for _, run in filled), max([len(run) for _, run in filled], default=0)
-        runs, spots, number = [], [], 0
+        runs: list[list[int]] = []
+        spots: list[int] = []
         for line, (_, run) in enumerate(filled):
+            number = len(spots)
             runs.append([*range(number, number + len(run)), *[count] * (wide - len(run))])
             spots += range(line * wide, line * wide + len(run))
-            number += len(run)
-        lists = (
-            list(opened),
-            [before for _, before in opened.values()],
-            *([each[i] for each in ordered] for i in (1, 2, 3)),
-            [page for _, run in filled for page in run],
-            [before for before, _ in filled],
+
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        return cls(
+            opened=tensor(list(opened)),
+            before=tensor([before for _, before in opened.values()]),
+            of=tensor([number for _, number, _, _ in ordered]),
+            places=tensor([place for _, _, place, _ in ordered]),
+            seen=tensor([seen for *_, seen in ordered]),
+            filled=tensor([page for _, run in filled for page in run]),
+            first=tensor([before for before, _ in filled]),
+            runs=tensor([place for line in runs for place in line]).view(len(runs), wide),
+            spots=tensor(spots),
         )
-        made = [torch.tensor(each, dtype=torch.long, device=device) for each in lists]
-        shaped = torch.tensor(runs, dtype=torch.long, device=device).view(len(runs), wide)
-        return cls(*made, shaped, torch.tensor(spots, dtype=torch.long, device=device))
 
     @classmethod
     def of_rows(cls, rows: RowPages, slots: Tensor, *, page_size: int, scratch: int) -> Running:

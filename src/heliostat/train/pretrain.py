@@ -16,12 +16,11 @@ import torch
 from heliostat.build import best_dtype, device_named
 from heliostat.errors import Refused
 from heliostat.files import atomic_directory, atomic_write_text, locked
-from heliostat.model.alpha import KEPT_WHOLE, settle
+from heliostat.model.alpha import KEPT_WHOLE, format_of, settle
 from heliostat.model.attention_kind import KEY, PREFIX
 from heliostat.model.config import config_json, parse_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
-from heliostat.model.alpha import format_of
 from heliostat.model.weights import save_checkpoint, state_of
 from heliostat.plot import lines
 from heliostat.train import checkpoint, step_log

@@ -107,8 +107,8 @@ class TextObjective:
 
     def _micro(self, part: Tensor) -> TextMicro:
         rows, device = self.rows, self.model.device
-        tensors = (t[part].to(device) for t in (rows.ids, rows.documents, rows.positions))
-        return TextMicro(self.model, *tensors, self.teacher)
+        ids, documents, positions = (t[part].to(device) for t in (rows.ids, rows.documents, rows.positions))
+        return TextMicro(self.model, ids, documents, positions, self.teacher)
 
     def _order(self, start: int, size: int) -> Tensor:
         count, picked = self.rows.ids.shape[0], []
@@ -130,6 +130,7 @@ def text_loss(model: Transformer, rows: PackedRows, *, batch: int = 32) -> float
     for start in range(0, rows.ids.shape[0], batch):
         part = slice(start, start + batch)
         held = (rows.ids[part], rows.documents[part], rows.positions[part])
-        micro = TextMicro(model, *(t.to(model.device) for t in held))
+        ids, documents, positions = (t.to(model.device) for t in held)
+        micro = TextMicro(model, ids, documents, positions)
         total, count = total + float(micro.loss()), count + micro.spoken
     return total / count

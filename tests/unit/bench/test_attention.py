@@ -116,13 +116,14 @@ def test_a_page_of_some_trials_says_what_is_missing(tmp_path: Path) -> None:
     keep_all(tmp_path, ["softmax"])
     for trial in search("affine", steps=STEPS, size="1M"):
         keep(tmp_path, trial, 5.0, 5.0)
-    keep(tmp_path, search("sink", steps=STEPS, size="1M")[0], 5.0, 5.0)  # one rate of three: not shown
+    keep(tmp_path, search("sink", steps=STEPS, size="1M")[1], 5.0, 5.0)
     rows = table(tmp_path, steps=STEPS, size="1M")
     page = attention_page.write(tmp_path / "docs", rows, {}, birth()).read_text()
-    assert set(rows) == {"softmax", "affine"}
-    assert "Not complete: 8 of 35 trials" in page and "Not measured yet" in page
+    assert set(rows) == {"softmax", "affine", "sink"}
+    assert "Not complete: 9 of 35 trials" in page and "Not measured yet" in page
+    assert "| sink | not yet | 5.0000 | not yet |" in page
     assert "one seed, so it may be chance" in page
-    assert "best rate tried is the highest or lowest for affine, n visible" in page
+    assert "best rate tried is the highest or lowest for affine, n visible:" in page
     assert "no trial is done" in attention_page.page({}, {}, birth())
 
 
@@ -152,7 +153,11 @@ def test_who_begins_a_turn_changes_and_ratios_are_of_one_turn() -> None:
     order: list[tuple[str, int]] = []
 
     def run(name: str, seconds: float) -> Any:
-        return lambda turn: (order.append((name, turn)), seconds * (1 + turn))[1]
+        def once(turn: int) -> float:
+            order.append((name, turn))
+            return seconds * (1 + turn)
+
+        return once
 
     found = attention_time.in_turn({"softmax": run("softmax", 1.0), "sink": run("sink", 1.5)}, 5)
     assert [name for name, _ in order[:4]] == ["softmax", "sink", "sink", "softmax"]

@@ -12,9 +12,9 @@ from heliostat.errors import Refused
 from heliostat.linear.choice import add_columns
 from heliostat.linear.lora import Route, adapter_of, add_adapter, remove_adapter, whole
 from heliostat.linear.paca import columns_of, settle
+from heliostat.model.alpha import format_of
 from heliostat.model.config import parse_config
 from heliostat.model.transformer import Transformer
-from heliostat.model.alpha import format_of
 from heliostat.model.weights import assemble, state_of
 from heliostat.ops import native
 from heliostat.ops.native.blocks import Laid

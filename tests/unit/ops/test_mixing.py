@@ -1,5 +1,7 @@
 """Scaled and gated attention, and prefix sums, against a direct dense computation in float64: packed, padded, gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mix: Mix) -> Tensor:
     weights = scores.softmax(-1)[..., : k.shape[1]]
     if mix.alpha is not None:
         alpha = mix.alpha.expand(*q.shape[:3]).movedim(-1, 1)[..., None]  # [B, H, T, 1]
+        assert mix.average is not None
         counts = mask.sum(-1)[:, None, :, None] if mix.length is None else mix.length
         weights = alpha * weights + (mix.average[:, None, None] - alpha) / counts * mask[:, None]
     out = torch.einsum("bhts,bshd->bthd", weights, v)
@@ -48,7 +51,7 @@ def mix_of(kind: str, batch: int, length: int) -> Mix:
 KINDS = ["affine", "fixed", "constant", "affine+gated", "gated", "sink"]
 
 
-def both(seam, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mix: Mix) -> None:
+def both(seam: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mix: Mix) -> None:
     """Outputs and all gradients of a body of the seam are those of the dense computation in float64."""
     fields = ("alpha", "average", "gate", "sinks")
     leaves = {"q": q, "k": k, "v": v} | {f: own for f in fields if (own := getattr(mix, f)) is not None}

@@ -43,7 +43,8 @@ def test_sums_are_those_of_the_values_that_are_seen(lengths: list[list[int]], se
         requests.append(([numbers.pop() for _ in range(need)], own))
     done = [0] * len(requests)
     for turn in range(max(len(own) for _, own in requests)):
-        entries, filled, wanted, rows = [], [], {}, 0
+        entries, filled, rows = [], [], 0
+        wanted: dict[int, tuple[list[int], int]] = {}
         for number, (pages, own) in enumerate(requests):
             if turn >= len(own):
                 continue

@@ -10,14 +10,19 @@ from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.train.pretrain_recipe import PretrainRecipe, SettledPretraining
 from heliostat.train.pretrain_text import paragraphs, read_rows, tokenizer_folder
+from heliostat.train.spellings import make_recipe
 
 SUMS = "\n\n".join(f"{a} and {b} is {a + b}" for a in range(12) for b in range(5))
 ODD = "caf\u00e9 \u4f60\u597d \U0001f52d\ttabs\nlines  and   spaces, 12345"
 
 
+def asked(**values: Any) -> PretrainRecipe:
+    return make_recipe(PretrainRecipe, {"output_dir": "out", **values})
+
+
 def settled(*data: Path, **options: Any) -> SettledPretraining:
-    facts = {"output_dir": "out", "data": [str(p) for p in data], "max_length": 16, "vocab_size": 300}
-    return PretrainRecipe(**{**facts, **options}).resolve(bf16=False)
+    facts = {"data": [str(p) for p in data], "max_length": 16, "vocab_size": 300}
+    return asked(**{**facts, **options}).resolve(bf16=False)
 
 
 def written(path: Path, text: str) -> Path:
@@ -102,22 +107,22 @@ def test_files_that_cannot_be_read_are_named_with_their_line(
 )
 def test_wishes_that_do_not_fit_together(values: dict[str, Any], message: str) -> None:
     with pytest.raises(Refused, match=message):
-        PretrainRecipe(output_dir="out", **values)
+        asked(**values)
 
 
 def test_a_tokenizer_may_be_asked_for_in_one_place() -> None:
-    recipe = PretrainRecipe(output_dir="out", tokenizer={"train": {"vocab_size": 321}})  # type: ignore[arg-type]
+    recipe = asked(tokenizer={"train": {"vocab_size": 321}})
     assert recipe.vocab_size == 321 and recipe.tokenizer is None
 
 
 def test_auto_is_settled_by_the_kind_and_the_teacher() -> None:
-    plain = PretrainRecipe(output_dir="out").resolve(bf16=False)
+    plain = asked().resolve(bf16=False)
     assert (plain.n, plain.alpha, plain.distill_weight, plain.distill_temperature) == (None,) * 4
-    affine = PretrainRecipe(output_dir="out", attention="affine", teacher="t").resolve(bf16=False)
+    affine = asked(attention="affine", teacher="t").resolve(bf16=False)
     assert (affine.n, affine.alpha) == ("visible", "learned")
     assert (affine.distill_weight, affine.distill_temperature) == (0.5, 1.0)
-    values = {"output_dir": "out", "attention": "affine", "n": "fixed", "max_position_embeddings": 256}
-    assert PretrainRecipe(**values).resolve(bf16=False).attention_kind.length == 256
+    fixed = asked(attention="affine", n="fixed", max_position_embeddings=256)
+    assert fixed.resolve(bf16=False).attention_kind.length == 256
 
 
 def test_conversations_train_a_tokenizer_without_their_marks(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Plain text: packed rows say what documents apart would, and every row comes once an epoch."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def test_rows_hold_the_documents_in_order(documents: list[list[int]], length: in
 @pytest.fixture(scope="module", params=["softmax", "sink", "gated", "affine", "affine+gated"])
 def kind(request: pytest.FixtureRequest) -> Transformer:
     """A toy of each kind of attention, every part of which says something."""
-    values = {"output_dir": "x", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    recipe = PretrainRecipe(**values, intermediate_size=48, attention=request.param)
+    values: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    recipe = PretrainRecipe(output_dir="x", **values, intermediate_size=48, attention=request.param)
     torch.manual_seed(0)
     made = Transformer(parse_config(shape_of(recipe.resolve(bf16=False), 100)))
     for name, tensor in (*made.named_parameters(), *made.named_buffers()):
