@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from heliostat.cli.kernels import kernels
 from heliostat.cli.measuring import client, replay
 from heliostat.cli.stepping import train
 
@@ -16,3 +17,4 @@ bench = typer.Typer(
 bench.command("train")(train)
 bench.command("client")(client)
 bench.command("replay")(replay)
+bench.command("kernels")(kernels)
