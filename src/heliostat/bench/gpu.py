@@ -21,6 +21,7 @@ import torch
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.decode import PROMPT, STEPS, Ours, median, prompts, shape
+from heliostat.bench.gpu_codebook import codebooks, table
 from heliostat.build import Loaded, best_dtype, device_named
 from heliostat.engine.engine import PAGE_SIZE
 from heliostat.engine.graphs import as_it_is
@@ -171,7 +172,7 @@ def page(found: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['batch']} | {row['context']} | {told[0]} | {told[1]} | {1e6 * row['plain']:.0f} |"
         )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *table(found["codebooks"]), ""])
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -188,6 +189,7 @@ def main(given: Sequence[str] | None = None) -> None:
     plan = tiny() if asked.dry_run else real(device_named(asked.device), asked.model, asked.repeats)
     ours = engine_of(plan)
     found = {"decode": decoding(ours, plan), "attention": attention(plan), "prefill": prefill(ours, plan)}
+    found["codebooks"] = codebooks(plan.device, [b for b in plan.batches if b <= 32], plan.repeats)
     command = f"python -m heliostat.bench.gpu --model {asked.model} --repeats {asked.repeats}"
     kind = str(ours.model.dtype).removeprefix("torch.")
     birth = certificate("python -m heliostat.bench.gpu --dry-run" if asked.dry_run else command, dtype=kind)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,7 +139,11 @@ def peers(plan: Plan) -> dict[str, dict[str, float]]:
         }
         spec["threads"] = torch.get_num_threads()
         command = [python or sys.executable, "-P", kernel_peers.__file__, name, json.dumps(spec)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        # An environment made for AQLM has no torch of its own: ours serves.
+        more = {"PYTHONPATH": str(Path(torch.__file__).parents[1])} if name == "aqlm" else {}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | more
+        )
         if done.returncode:
             raise Refused(f"{name} ({variable}={where}) failed:\n{done.stderr[-2000:]}")
         found[name] = json.loads(done.stdout.strip().splitlines()[-1])
