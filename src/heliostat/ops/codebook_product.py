@@ -45,9 +45,18 @@ class CodedProduct:
         rows = x.numel() // x.shape[-1]
         if x.dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != x.dtype):
             return False
-        if x.device.type == "cpu":
-            return 0 < rows <= most_rows(self.coded.format) and kernel.built() and kernel.fits(self.coded)
-        return 0 < rows <= GPU_ROWS and decoding.has_triton()
+        return 0 < rows <= self.few_rows(x.dtype)
+
+    def few_rows(self, dtype: torch.dtype) -> int:
+        """Rows of ``dtype`` up to which codes are looked up; 0: never.
+
+        On a CPU only those of bfloat16, whose own rounding is coarser than the tables': answers in float32 are the same
+        however many rows run together.
+        """
+        if self.coded.codes.device.type == "cpu":
+            serves = dtype == torch.bfloat16 and kernel.built() and kernel.fits(self.coded)
+            return most_rows(self.coded.format) if serves else 0
+        return GPU_ROWS if decoding.has_triton() else 0
 
     @property
     def packed(self) -> kernel.Packed:
