@@ -98,7 +98,12 @@ def coded(name: str, outputs: int, inputs: int, plan: Plan) -> dict[str, Any]:
     weight = made(Format.parse(name), outputs, inputs)
     first = kernel.Packed(weight)
     packed = [first, *(first.again() for _ in range(plan.bytes // first.bytes))]
-    found: dict[str, Any] = {"bytes": first.bytes, "rows": most_rows(weight.format), "1": {}, "2": {}}
+    found: dict[str, Any] = {
+        "bytes": first.bytes,
+        "rows": most_rows(weight.format, outputs, inputs),
+        "1": {},
+        "2": {},
+    }
     x = torch.randn(8, inputs)
     want = x @ weight.dense(torch.float32).T
     for planes in (1, 2):
