@@ -39,7 +39,6 @@ def _ggml(folder: str) -> ctypes.CDLL:
         getattr(library, name).argtypes, getattr(library, name).restype = arguments, pointer
     library.ggml_build_forward_expand.argtypes = [pointer, pointer]
     library.ggml_graph_compute_with_ctx.argtypes = [pointer, pointer, ctypes.c_int]
-    library.ggml_free.argtypes = library.ggml_quantize_init.argtypes = None
     library.ggml_free.argtypes = [pointer]
     library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, *[number] * 3, pointer]
     library.ggml_quantize_chunk.restype = ctypes.c_size_t

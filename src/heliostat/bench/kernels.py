@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def seconds(runs: Sequence[Run], x: Tensor, plan: Plan) -> float:
     return statistics.median(found[1:])
 
 
+def _in_float(weight: Tensor, x: Tensor) -> Tensor:
+    return functional.linear(x.float(), weight)
+
+
+def _in_bytes(weight: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    return torch._weight_int8pack_mm(x, weight, scales)
+
+
 def dense(outputs: int, inputs: int, plan: Plan) -> dict[str, dict[int, float]]:
     """Seconds by who multiplies and batch; each at its best setting here."""
     found: dict[str, dict[int, float]] = {}
@@ -76,12 +85,12 @@ def dense(outputs: int, inputs: int, plan: Plan) -> dict[str, dict[int, float]]:
     small = [torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8) for _ in range(2 * count)]
     scales = torch.ones(outputs).bfloat16()
     kinds: dict[str, list[Run]] = {
-        "torch bf16": [lambda x, w=w: functional.linear(x, w) for w in half],
-        "torch fp32": [lambda x, w=w: functional.linear(x.float(), w) for w in whole],
-        "torch int8": [lambda x, w=w: torch._weight_int8pack_mm(x, w, scales) for w in small],
+        "torch bf16": [partial(functional.linear, weight=weight) for weight in half],
+        "torch fp32": [partial(_in_float, weight) for weight in whole],
+        "torch int8": [partial(_in_bytes, weight, scales) for weight in small],
     }
     if native.built():
-        kinds["heliostat bf16"] = [lambda x, w=w: native.linear(x, w) for w in half]
+        kinds["heliostat bf16"] = [partial(native.linear, weight=weight) for weight in half]
     for batch in plan.batches:
         x = torch.randn(batch, inputs).bfloat16()
         for name, runs in kinds.items():
@@ -110,7 +119,7 @@ def coded(name: str, outputs: int, inputs: int, plan: Plan) -> dict[str, Any]:
         got = first.product(x, planes=planes)
         found[f"error {planes}"] = float((got - want).norm() / want.norm())
         for batch in plan.batches:
-            runs = [lambda x, own=own, p=planes: own.product(x, planes=p) for own in packed]
+            runs: list[Run] = [partial(own.product, planes=planes) for own in packed]
             if batch > 4:
                 runs = runs[: max(8, len(runs) // batch)]
             x_half = torch.randn(batch, inputs).bfloat16()
