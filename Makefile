@@ -13,7 +13,7 @@ VLLM := .venv-vllm/bin/python
 OPENVINO := .venv-openvino/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow check lint types format bench bench-pages bench-gpu bench-gpu-train vllm-env openvino-env results docs clean
+.PHONY: help demo base test test-slow check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-train vllm-env openvino-env kernel-envs results docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -78,7 +78,12 @@ vllm-env: .venv-vllm/.stamp  ## .venv-vllm: vLLM for CPUs, in an environment of 
 
 openvino-env: .venv-openvino/.stamp  ## .venv-openvino: OpenVINO GenAI, in an environment of its own
 
-.venv-vllm/.stamp .venv-openvino/.stamp: .venv-%/.stamp: scripts/peer_env.py
+kernel-envs: .venv-ggml/.stamp .venv-aqlm/.stamp  ## .venv-ggml, .venv-aqlm: llama.cpp's and AQLM's low-bit kernels, for bench-kernels
+
+bench-kernels: $(STAMP)  ## low-bit products beside dense ones and those of kernel-envs, into docs/results
+	HELIOSTAT_GGML=$(wildcard .venv-ggml/ggml/src) HELIOSTAT_AQLM=$(if $(wildcard .venv-aqlm/src),.venv-aqlm/bin/python:.venv-aqlm/src/aqlm/inference_kernels/numba_kernel.py) $(BIN)/heliostat bench kernels --out docs/results
+
+.venv-vllm/.stamp .venv-openvino/.stamp .venv-ggml/.stamp .venv-aqlm/.stamp: .venv-%/.stamp: scripts/peer_env.py
 	$(PYTHON) scripts/peer_env.py $* .venv-$*
 	@touch $@
 

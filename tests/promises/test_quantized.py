@@ -10,7 +10,7 @@ import torch
 from heliostat.build import Loaded
 from heliostat.clock import run_virtual
 from heliostat.family import SHARINGS, Row
-from heliostat.linear.codebook import put_codebook
+from heliostat.linear.codebook import coded_linears, put_codebook
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 from heliostat.ops.codebook_format import Format
@@ -19,7 +19,7 @@ from heliostat.quantize.fit import Fit
 from heliostat.quantize.starting import start
 from tests.promises.crews import assert_empty, crowd, make_worker, order_of
 from tests.promises.test_disaggregation import jobs_of
-from tests.promises.toys import Exactness, adapt, make_engine, serve
+from tests.promises.toys import Exactness, adapt, make_engine, serve, served_logits
 
 LOW = "low"
 SUN, PREFILL, ICARUS = SHARINGS["sun"], SHARINGS["prefillshare"], SHARINGS["icarus"]
@@ -112,3 +112,23 @@ def test_between_workers_that_host_only_their_half(
         await second.close()
 
     run_virtual(apart())
+
+
+@pytest.mark.parametrize("length", [1, 40], ids=["codes are looked up", "plain weights are read"])
+def test_in_bfloat16_it_is_what_the_codes_stand_for_but_for_rounding(
+    length: int, tiny_model: Transformer, tokenizer: Tokenizer
+) -> None:
+    prompt, answer, found = [7] * length, [9, 10, 11], []
+    for dense in (False, True):
+        model = low_of(tiny_model, dense=dense).to(torch.bfloat16)
+        if not dense:  # codebooks and scales have 16 bits of their own
+            for exact, part in zip(
+                coded_linears(low_of(tiny_model, dense=False)).values(),
+                coded_linears(model).values(),
+                strict=True,
+            ):
+                part.codebooks, part.scales = exact.codebooks, exact.scales
+        model.join()
+        engine = make_engine({LOW: Loaded(LOW, "digest of low", LOW, model)}, tokenizer)
+        found.append(served_logits(engine, ROWS["alone"], prompt, answer).float())
+    assert (found[0] - found[1]).norm() <= 0.03 * found[1].norm()

@@ -21,6 +21,7 @@ import torch
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.decode import PROMPT, STEPS, Ours, median, prompts, shape
+from heliostat.bench.gpu_codebook import codebooks, table
 from heliostat.bench.gpu_families import LLAMA_8B, Families, consolidated, tables
 from heliostat.build import Loaded, best_dtype, device_named
 from heliostat.engine.engine import PAGE_SIZE
@@ -183,7 +184,8 @@ def page(found: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
             f"| {row['batch']} | {row['context']} | {told[0]} | {told[1]} | {1e6 * row['plain']:.0f} |"
         )
     each, context = found["each"], found["context"]
-    return "\n".join([*lines, *tables(found["families"], each, context), ""])
+    lines += tables(found["families"], each, context)
+    return "\n".join([*lines, *table(found["codebooks"]), ""])
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -206,6 +208,7 @@ def main(given: Sequence[str] | None = None) -> None:
         "attention": attention(plan),
         "prefill": prefill(ours, plan),
         "families": consolidated(plan.families),
+        "codebooks": codebooks(plan.device, [b for b in plan.batches if b <= 32], plan.repeats),
     }
     command = f"python -m heliostat.bench.gpu --model {asked.model} --repeats {asked.repeats}"
     kind = str(ours.model.dtype).removeprefix("torch.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from heliostat.cli.comparing import decode, workflow
+from heliostat.cli.kernels import kernels
 from heliostat.cli.measuring import client, replay
 from heliostat.cli.sizing import workers
 from heliostat.cli.stepping import train
@@ -21,3 +22,4 @@ bench.command("replay")(replay)
 bench.command("workers")(workers)
 bench.command("workflow")(workflow)
 bench.command("decode")(decode)
+bench.command("kernels")(kernels)

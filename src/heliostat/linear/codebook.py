@@ -24,7 +24,8 @@ class CodebookLinear(Linear):
         self.format, self.in_features, self.out_features = coded.format, coded.inputs, coded.outputs
         for name in ("codes", "codebooks", "scales"):
             self.register_buffer(name, getattr(coded, name))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        own = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", own)
         self._product: CodedProduct | None = None
 
     @property

@@ -46,6 +46,17 @@ class Joined:
                 y[..., own] = part.adapted(y[..., own], x, route)
         return y
 
+    def plain(self, parent: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight [sum of out, in] and bias as plain tensors: its own, or a copy in ``dtype`` of what codebooks stand for."""
+        if self.weight is not None:
+            return self.weight, self.bias
+        inner = [plain_linear(getattr(parent, name)) for name in self.names]
+        weight = torch.cat([part.weight.detach().to(dtype) for part in inner])
+        if all(part.bias is None for part in inner):
+            return weight, None
+        biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in inner]
+        return weight, torch.cat(biases)
+
     def _product(self, parent: nn.Module, x: Tensor) -> Tensor:
         if self.weight is not None:
             return linear(x, self.weight, self.bias)

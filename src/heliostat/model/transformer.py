@@ -182,22 +182,23 @@ class Block(nn.Module):
             yield self.self_attn if hasattr(self.self_attn, name) else self.mlp, name
 
     def weights(self) -> dict[str, Tensor | None]:
-        """Of a joined block, for ``Blocks``."""
-        attention, mlp = self.self_attn, self.mlp
+        """Of a joined block, for ``Blocks``; those in codebooks as new plain ones, in the norms' number format."""
+        attention, mlp, dtype = self.self_attn, self.mlp, self.input_layernorm.weight.dtype
         assert attention.joined is not None and mlp.joined is not None
+        qkv, gate_up = attention.joined.plain(attention, dtype), mlp.joined.plain(mlp, dtype)
         o, down = plain_linear(attention.o_proj), plain_linear(mlp.down_proj)
         return weights_of(
             input_norm=self.input_layernorm.weight,
-            qkv=attention.joined.weight,
-            qkv_bias=attention.joined.bias,
+            qkv=qkv[0],
+            qkv_bias=qkv[1],
             q_norm=getattr(attention.q_norm, "weight", None),
             k_norm=getattr(attention.k_norm, "weight", None),
-            o=o.weight,
+            o=o.weight.to(dtype),
             o_bias=o.bias,
             post_norm=self.post_attention_layernorm.weight,
-            gate_up=mlp.joined.weight,
-            gate_up_bias=mlp.joined.bias,
-            down=down.weight,
+            gate_up=gate_up[0],
+            gate_up_bias=gate_up[1],
+            down=down.weight.to(dtype),
             down_bias=down.bias,
             sinks=getattr(attention, "sinks", None),
             average=getattr(attention, "alpha_ma", None),
@@ -224,6 +225,8 @@ class Transformer(nn.Module):
         self.at_once: Blocks | None = None
         """All blocks in one call, for passes over pages (``join``); the loop is its twin."""
         self.wardrobe = Wardrobe()
+        self.few_rows: int | None = None
+        """Of a model in codebooks that serves: rows up to which looking codes up beats reading plain weights."""
         self.model = Decoder(config)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
@@ -252,10 +255,11 @@ class Transformer(nn.Module):
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
-        if self.at_once is not None and laid is not None and self.at_once.serves(x, laid):
+        at_once = None if laid is None else self._at_once(x)
+        if at_once is not None and at_once.serves(x, laid):
             worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0])
             if worn is not None:
-                self.at_once(x, angles, laid, worn)
+                at_once(x, angles, laid, worn)
                 return self.model.norm(x)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
@@ -263,18 +267,34 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def join(self) -> None:
-        """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added."""
+        """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added.
+
+        Of a model in codebooks plain weights are made, and kept, when more rows come than looking codes up is good for.
+        """
         for block in self.blocks:
             attention, mlp = block.self_attn, block.mlp
             sides = ("q_proj", "k_proj", "v_proj", *attention.gates)
             attention.joined = attention.joined or Joined(attention, sides)
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
-        dense = not coded_linears(self)
-        if native.built() and self.device.type == "cpu" and self.at_once is None and dense:
-            weights, kind = [block.weights() for block in self.blocks], self.config.attention
-            extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
-            heads, eps = self.config.heads, self.config.norm_eps
-            self.at_once = Blocks(weights, heads=heads, eps=eps, extras=extras)
+        if coded := coded_linears(self):
+            self.few_rows = min(part.product.few_rows(self.dtype) for part in coded.values())
+        elif native.built() and self.device.type == "cpu":
+            self.at_once = self.at_once or self._blocks_at_once()
+
+    def _at_once(self, x: Tensor) -> Blocks | None:
+        """What runs all blocks over rows x [T, E]; None where the loop does."""
+        if self.few_rows is None:
+            return self.at_once
+        if x.shape[0] <= self.few_rows:
+            return None
+        if native.built() and self.device.type == "cpu":
+            self.at_once = self.at_once or self._blocks_at_once()
+        return self.at_once
+
+    def _blocks_at_once(self) -> Blocks:
+        weights, kind = [block.weights() for block in self.blocks], self.config.attention
+        extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
+        return Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps, extras=extras)
 
     def _linears(self) -> list[nn.Module]:
         """Those of all blocks that may wear adapters, in the kernel's order."""

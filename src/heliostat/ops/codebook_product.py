@@ -11,15 +11,18 @@ from heliostat.ops.codebook_format import Format
 from heliostat.ops.linear import linear
 from heliostat.ops.native import coded as kernel
 
-CODES_READ = 2.0
-"""Rows times codes a number, up to which looking up beats reading a dense weight: docs/results/codegemm.md."""
+TABLE, LOOKED_UP, DENSE = 7.3, 2.7, 0.12
+"""Nanoseconds of a core, by which it is judged what is faster: for each number of a table's vectors, for each 64 codes, and
+for each number of a dense weight in bfloat16, whatever the rows are, up to ten of them. Measured on a Zen 4."""
 GPU_ROWS = 32
 """Rows up to which the kernel for GPUs serves."""
 
 
-def most_rows(format: Format) -> int:
-    """Rows up to which the CPU kernel is the faster one; at least one."""
-    return max(1, int(CODES_READ * format.v / format.m))
+def most_rows(format: Format, outputs: int, inputs: int) -> int:
+    """Rows up to which the CPU kernel is the faster one for a weight [outputs, inputs], or nearly so."""
+    columns = format.segments(inputs) * format.m
+    row = columns * (TABLE * format.v + LOOKED_UP * -(-outputs // kernel.STRIP))
+    return max(1, format.v // format.m, int(DENSE * outputs * inputs / row))
 
 
 class CodedProduct:
@@ -45,9 +48,18 @@ class CodedProduct:
         rows = x.numel() // x.shape[-1]
         if x.dtype not in (torch.float32, torch.bfloat16) or (bias is not None and bias.dtype != x.dtype):
             return False
-        if x.device.type == "cpu":
-            return 0 < rows <= most_rows(self.coded.format) and kernel.built() and kernel.fits(self.coded)
-        return 0 < rows <= GPU_ROWS and decoding.has_triton()
+        return 0 < rows <= self.few_rows(x.dtype)
+
+    def few_rows(self, dtype: torch.dtype) -> int:
+        """Rows of ``dtype`` up to which codes are looked up; 0: never.
+
+        On a CPU only those of bfloat16, whose own rounding is coarser than the tables': answers in float32 are the same
+        however many rows run together.
+        """
+        if self.coded.codes.device.type == "cpu":
+            serves = dtype == torch.bfloat16 and kernel.built() and kernel.fits(self.coded)
+            return most_rows(self.coded.format, self.coded.outputs, self.coded.inputs) if serves else 0
+        return GPU_ROWS if decoding.has_triton() else 0
 
     @property
     def packed(self) -> kernel.Packed:

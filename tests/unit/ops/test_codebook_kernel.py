@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heliostat.ops.codebook import Coded
+from heliostat.ops.codebook_format import Format
 from heliostat.ops.codebook_product import CodedProduct, most_rows
 from heliostat.ops.decoding import has_triton
 from heliostat.ops.native import coded as kernel
@@ -117,11 +118,26 @@ def test_whatever_is_chosen_the_product_is_the_twins(rows: int, dtype: torch.dty
     got = product(x)
     assert got.shape == (rows, 1, 90) and got.dtype == dtype
     assert error(got, x.float() @ coded.dense(torch.float32).T) < (1e-3 if dtype == torch.float32 else 1e-2)
-    looked_up = kernel.built() and rows <= most_rows(coded.format)
+    looked_up = dtype == torch.bfloat16 and kernel.built() and rows <= most_rows(coded.format, 90, 130)
     dense = 90 * 130 * x.element_size()
     assert (
         product.bytes["dense"] == (0 if looked_up else dense) and bool(product.bytes["packed"]) == looked_up
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "inputs", "rows"),
+    [
+        ("m1v4g128", 4096, 4096, 9),
+        ("m2v4g128", 4096, 4096, 4),
+        ("m2v8g128", 768, 768, 4),
+        ("m3v5g10", 8, 8, 1),
+    ],
+)
+def test_small_weights_and_more_bits_are_dense_earlier(
+    name: str, outputs: int, inputs: int, rows: int
+) -> None:
+    assert most_rows(Format.parse(name), outputs, inputs) == rows
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from copy import copy
 from functools import cache
 
 import torch
@@ -79,12 +80,22 @@ class Packed:
         )  # room for how a length is rounded
         group = segments if coded.format.g is None else coded.format.g // v
         self.outputs, self.inputs = outputs, coded.inputs
-        self._laid = _Coded(
-            *(part.data_ptr() for part in (self._codes, self._books, self._scales)),
-            float(sizes[0]),
-            float(sizes[LONG]),
-            *(outputs, coded.inputs, m, v, columns, group * m, min(group, VECTORS) * m),
+        self._facts = (
+            (float(sizes[0]), float(sizes[LONG])),
+            (*(outputs, coded.inputs, m, v, columns, group * m, min(group, VECTORS) * m),),
         )
+        self._lay()
+
+    def _lay(self) -> None:
+        at = (part.data_ptr() for part in (self._codes, self._books, self._scales))
+        self._laid = _Coded(*at, *self._facts[0], *self._facts[1])
+
+    def again(self) -> Packed:
+        """The same weight at another place in memory."""
+        other = copy(self)
+        other._codes, other._scales = self._codes.clone(), self._scales.clone()
+        other._lay()
+        return other
 
     @property
     def bytes(self) -> int:
