@@ -255,8 +255,8 @@ class Transformer(nn.Module):
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
-        at_once = None if laid is None else self._at_once(x)
-        if at_once is not None and at_once.serves(x, laid):
+        at_once = self._at_once(x) if laid is not None else None
+        if laid is not None and at_once is not None and at_once.serves(x, laid):
             worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0])
             if worn is not None:
                 at_once(x, angles, laid, worn)
