@@ -55,7 +55,7 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 SHORT := out/bench/short
 TRACES ?=
 
-bench: $(STAMP)  ## a short version of everything, under ten minutes, into out/bench: no 95th percentiles
+bench: $(STAMP)  ## a short version of everything, into out/bench: no 95th percentiles
 	rm -rf $(SHORT)
 	$(BIN)/heliostat bench workflow --quick --members 4 --compare independent,multilora,icarus --out $(SHORT)/react
 	$(BIN)/heliostat bench workflow --quick --workflow reflexion --members 4 --compare independent,prefillshare --out $(SHORT)/reflexion
@@ -87,7 +87,7 @@ bench-kernels: $(STAMP)  ## low-bit products beside dense ones and those of kern
 	$(PYTHON) scripts/peer_env.py $* .venv-$*
 	@touch $@
 
-bench-gpu: $(STAMP)  ## on a CUDA device, nine minutes: its tests, decoding, attention, prefill, families of an 8B shape
+bench-gpu: $(STAMP)  ## on a CUDA device: its tests, decoding, attention, prefill, families of an 8B shape
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m heliostat.bench.gpu

@@ -108,11 +108,12 @@ def compare(
     tell: Any = None,
 ) -> Found:
     """How many workers each sharing needs at each load."""
+    compared = {name: named(name, load.members) for name in dict.fromkeys((APART, *names))}
     peak, rows = peak_of(machine, load, limits), []
     for times in loads:
         asked = sessions(replace(load, rate=times * peak))
-        for name in dict.fromkeys((APART, *names)):
-            tried = layouts(machine, named(name, load.members), asked, limits)
+        for name, case in compared.items():
+            tried = layouts(machine, case, asked, limits)
             best = fewest(tried)
             for found in tried:
                 if found is not best and (name != APART or not found.apart):

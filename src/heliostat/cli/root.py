@@ -51,7 +51,7 @@ COMMANDS: Mapping[str, Command] = {
         "inspecting", "check", "Check that files are whole and that serving does as training did.", LOOK
     ),
     "bench": Command(
-        "benching", "bench", "Measure training here, or a server under load, side by side.", LOOK
+        "benching", "bench", "Measure training, ways of sharing or a server, side by side.", LOOK
     ),
     "plan": Command("planning", "plan", "Say from logs whether sharing would be worth it.", LOOK),
     "demo": Command("showing", "demo", "Tune one task in every way of sharing, and compare.", SHOW),
