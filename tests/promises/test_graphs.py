@@ -175,9 +175,11 @@ def test_rows_of_entries_are_those_of_groups(modules: dict[str, Loaded], tokeniz
     def both(entries: list) -> object:
         rows, ask = engine.runner._row_pages(entries), plain(entries)
 
-        def compared(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            found = ask(q, keys, values)
-            asked.append((found, decoding.torch_rows(q, keys, values, rows)))
+        def compared(
+            q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, sinks: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            found = ask(q, keys, values, sinks=sinks)
+            asked.append((found, decoding.torch_rows(q, keys, values, rows, sinks)))
             return found
 
         return compared

@@ -147,6 +147,7 @@ def times(folder: Path) -> dict[str, Any]:
         said = log.read_text(encoding="utf-8") if log.exists() else ""
         if "{" in said:
             found[name] = json.loads(said[said.index("{") :])
+            found[name].pop("command", None)  # the page's own says how
     return found
 
 

@@ -220,7 +220,8 @@ def _costs(times: Mapping[str, Any]) -> list[str]:
     if not times:
         return ["Not measured yet: the command above with `--only times`."]
     parts = [
-        "Medians over turns: a step's time in that of softmax's step of the same turn; all kinds in every turn.",
+        "Medians over turns: a step's time in that of softmax's step of the same turn; all kinds in every turn. Softmax",
+        "again is softmax once more: as far from 1 as that is, the machine alone may be.",
     ]
     for name, facts in times.items():
         count = facts.get("repeats", facts.get("rounds"))
