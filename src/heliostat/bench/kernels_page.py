@@ -36,6 +36,11 @@ def page(found: Found, birth: Found) -> str:
     missing = [
         f"{name} ({variable} is not set)" for name, variable in PEERS.items() if name not in found["peers"]
     ]
+    missing += [
+        f"{m}x{k} (the time was over)"
+        for m, k in found["plan"]["shapes"]
+        if f"{m}x{k}" not in found["shapes"]
+    ]
     if missing:
         head += ["", f"Not measured: {', '.join(missing)}."]
     for name, answers in found["peers"].items():
@@ -71,7 +76,7 @@ def _peer(answers: Found, found: Found) -> list[str]:
     ]
     for key, seconds in answers.items():
         kind, shape, batch = key.split()
-        own = found["shapes"][shape]["coded"].get("m1v4g128")
+        own = found["shapes"].get(shape, {}).get("coded", {}).get("m1v4g128")
         if own is None:
             continue
         ours = own["2"][int(batch)]
