@@ -30,6 +30,7 @@ def page(found: Found, birth: Found) -> str:
         f"Memory is read at {found['reading'] / 1e9:.1f} GB/s here; *memory* is the time of reading a weight's bytes so.",
         "",
         f"`{birth['command']}`; {birth['hardware']}; {birth['threads']} threads; commit {birth['commit']}; {birth['date']}",
+        *_busy(birth),
     ]
     for name, shape in found["shapes"].items():
         head += ["", f"## {name}", "", *_table(shape, found)]
@@ -46,6 +47,15 @@ def page(found: Found, birth: Found) -> str:
     for name, answers in found["peers"].items():
         head += ["", f"## Beside {name}", "", *_peer(answers, found)]
     return "\n".join([*head, ""])
+
+
+def _busy(birth: Found) -> list[str]:
+    """What must be said where other programs ran: then times are too long, and ratios are scattered."""
+    load, threads = birth.get("load", 0), birth["threads"]
+    if load <= threads + 0.5:
+        return []
+    told = f"**The machine was not alone with this: a load of {load:.1f} on {threads} threads over the last five minutes.**"
+    return ["", told, "Times are too long and ratios scatter widely; no goal is judged by them."]
 
 
 def _table(shape: Found, found: Found) -> list[str]:
