@@ -37,9 +37,10 @@ ROWS: Mapping[str, Row] = {
 def low_of(model: Transformer, *, dense: bool) -> Transformer:
     """The model with all Linears of its blocks in codebooks, or with what those stand for."""
     made, chance = copy.deepcopy(model), torch.Generator().manual_seed(4)
+    form = Format.parse("m1v4g32")
     for number, block in enumerate(made.blocks):
         for path, linear in linears_of(block).items():
-            coded = Fit(form := Format.parse("m1v4g32"), *start(linear.weight.detach(), form, chance)).coded()
+            coded = Fit(form, *start(linear.weight.detach(), form, chance)).coded()
             if dense:
                 linear.weight.data.copy_(coded.dense(torch.float32))
             else:

@@ -149,10 +149,10 @@ def bare(model: Transformer, batch: int) -> float:
         for layer, block in enumerate(model.blocks):
             attention, mlp = block.self_attn, block.mlp
             assert attention.joined is not None and mlp.joined is not None
-            linear(narrow, attention.joined.weight)
+            linear(narrow, attention.joined.plain(attention, model.dtype)[0])
             ask(q, pool.keys[layer], pool.values[layer])
             linear(q.flatten(1), attention.o_proj.weight)
-            linear(narrow, mlp.joined.weight)
+            linear(narrow, mlp.joined.plain(mlp, model.dtype)[0])
             linear(wide, mlp.down_proj.weight)
         linear(narrow, model.lm_head.weight)
         _wait(model.device)

@@ -47,6 +47,7 @@ class Plan:
     batches: tuple[int, ...] = BATCHES
     bytes: int = 260 << 20
     repeats: int = 5
+    minutes: float = 3.8
 
 
 def made(format: Format, outputs: int, inputs: int) -> Coded:
@@ -166,18 +167,22 @@ def peers(plan: Plan) -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def measure(plan: Plan, tell: Callable[[str], None] = print) -> dict[str, Any]:
-    """Everything, shape by shape."""
+    """Everything, shape by shape; no new shape is begun after ``plan.minutes``."""
     if not kernel.built():
         raise Refused(
             "the codebook kernel does not run here: it needs AVX-512 with VBMI and BF16, and a C++ compiler at install"
         )
     torch.manual_seed(0)
+    end = time.monotonic() + 60 * plan.minutes
     found: dict[str, Any] = {"reading": reading(plan), "shapes": {}}
+    tell("peers")
+    answers = peers(plan)
     for outputs, inputs in plan.shapes:
+        if time.monotonic() > end:
+            break
         tell(f"{outputs} x {inputs}")
         found["shapes"][f"{outputs}x{inputs}"] = {
             "dense": dense(outputs, inputs, plan),
             "coded": {name: coded(name, outputs, inputs, plan) for name in plan.formats},
         }
-    tell("peers")
-    return {**found, "peers": peers(plan), "plan": asdict(plan)}
+    return {**found, "peers": answers, "plan": asdict(plan)}

@@ -30,17 +30,32 @@ def page(found: Found, birth: Found) -> str:
         f"Memory is read at {found['reading'] / 1e9:.1f} GB/s here; *memory* is the time of reading a weight's bytes so.",
         "",
         f"`{birth['command']}`; {birth['hardware']}; {birth['threads']} threads; commit {birth['commit']}; {birth['date']}",
+        *_busy(birth),
     ]
     for name, shape in found["shapes"].items():
         head += ["", f"## {name}", "", *_table(shape, found)]
     missing = [
         f"{name} ({variable} is not set)" for name, variable in PEERS.items() if name not in found["peers"]
     ]
+    missing += [
+        f"{m}x{k} (the time was over)"
+        for m, k in found["plan"]["shapes"]
+        if f"{m}x{k}" not in found["shapes"]
+    ]
     if missing:
         head += ["", f"Not measured: {', '.join(missing)}."]
     for name, answers in found["peers"].items():
         head += ["", f"## Beside {name}", "", *_peer(answers, found)]
     return "\n".join([*head, ""])
+
+
+def _busy(birth: Found) -> list[str]:
+    """What must be said where other programs ran: then times are too long, and ratios are scattered."""
+    load, threads = birth.get("load", 0), birth["threads"]
+    if load <= threads + 0.5:
+        return []
+    told = f"**The machine was not alone with this: a load of {load:.1f} on {threads} threads over the last five minutes.**"
+    return ["", told, "Times are too long and ratios scatter widely; no goal is judged by them."]
 
 
 def _table(shape: Found, found: Found) -> list[str]:
@@ -71,7 +86,7 @@ def _peer(answers: Found, found: Found) -> list[str]:
     ]
     for key, seconds in answers.items():
         kind, shape, batch = key.split()
-        own = found["shapes"][shape]["coded"].get("m1v4g128")
+        own = found["shapes"].get(shape, {}).get("coded", {}).get("m1v4g128")
         if own is None:
             continue
         ours = own["2"][int(batch)]

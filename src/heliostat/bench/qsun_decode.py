@@ -53,7 +53,7 @@ def coded(name: str, format: Format) -> Transformer:
 
 def weight(model: Transformer) -> float:
     """MB of all tensors of the blocks as they lie in memory now, each storage once."""
-    held = {}
+    held: dict[int, int] = {}
     for path, module in model.named_modules():
         if path.startswith("model.layers."):
             tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

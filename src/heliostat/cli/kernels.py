@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import getloadavg
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,9 @@ def kernels(
     plan = Plan(shapes=((4096, 4096),), batches=(1, 4, 16)) if quick else Plan()
     note = Console(stderr=True)
     found = measure(plan, tell=lambda text: note.print(text, highlight=False))
-    birth = certificate("heliostat bench kernels" + (" --quick" if quick else ""), repeats=plan.repeats)
+    birth = certificate(
+        "heliostat bench kernels" + (" --quick" if quick else ""), repeats=plan.repeats, load=getloadavg()[1]
+    )
     write(found, birth, out)
     if as_json:
         print_json({"birth": birth, "found": found})

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def _all_layers(
                 steps=wish.tuning_steps,
                 effort=wish.effort,
                 kind=kind,
-                tell=lambda what, number=number: tell(number, total, what),
+                tell=partial(tell, number, total),
             )
             _write_layer(kept, layer)
         elif number == 0:

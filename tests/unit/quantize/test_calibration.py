@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
     return Tokenizer.load(tiny_base)
 
 
-def lines(path: Path, items: list[dict]) -> Path:
+def lines(path: Path, items: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return path
 
 
-KINDS = {
+KINDS: dict[str, list[dict[str, Any]]] = {
     "text.jsonl": [{"text": f"one two three {n}"} for n in range(60)],
     "asked.jsonl": [{"prompt": f"add {n} and 2", "completion": str(n + 2)} for n in range(60)],
     "said.jsonl": [

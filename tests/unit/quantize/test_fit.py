@@ -79,7 +79,8 @@ def test_a_wide_beam_finds_the_best_of_all_choices() -> None:
 @given(st.sampled_from(["m1v4g32", "m2v4g64", "m1v8grow"]), st.integers(0, 100))
 def test_every_turn_makes_a_weight_of_any_kind_better(name: str, seed: int) -> None:
     weight = torch.randn(48, INPUTS, generator=torch.Generator().manual_seed(seed))
-    format, around, heard = Format.parse(name), square(seed), []
+    format, around = Format.parse(name), square(seed)
+    heard: list[float] = []
     quick = Effort(rounds=1, steps=15)
     found = fit(weight, around, format, seed=seed, effort=quick, tell=heard.append)
     assert len(heard) == 2 and error(weight, found.dense(), damped(around)) == min(heard)
