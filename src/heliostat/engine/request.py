@@ -150,6 +150,8 @@ class Request:
     finish_reason: FinishReason | None = None
     arrival: int = -1
     """Place in the order of arrival; a preempted request keeps its own."""
+    overtaken: int = 0
+    """How many that came later were admitted before it."""
     preemptions: int = 0
     cached_tokens: int = 0
     """Prompt tokens that never had to run because their pages were there already."""

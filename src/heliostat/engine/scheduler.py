@@ -14,6 +14,12 @@ from heliostat.engine.request import FinishReason, Request, State
 from heliostat.errors import Refused
 
 
+WINDOW = 32
+"""Of those that wait, so many of the earliest are looked at for pages that are there already."""
+OVERTAKEN = 32
+"""Nobody is overtaken more often."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Positions [start, stop) of a request, all written by ``writer``. Decoding is a chunk of one position.
@@ -43,8 +49,8 @@ class Step:
 class Scheduler:
     """Decides step by step: ``add``, then ``schedule``, run it, ``commit``, while ``unfinished``.
 
-    First come, first served. Where pages run out the latest arrival gives up its own, and later replays
-    every token through its own writer. The earliest running request always gets on, and whatever was accepted
+    First come, first served, but that of those who wait the ones go first whose pages are there: before others write
+    over them. Where pages run out the latest arrival gives up its own, and later replays every token through its own writer. The earliest running request always gets on, and whatever was accepted
     fits the pool by itself: every request ends, however small the pool. A step is empty only if nothing is
     unfinished, if all wait for pages that they fetch, or if pages of handed requests are in the way.
 
@@ -251,9 +257,9 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=_arrival)
 
     def _admit(self, writing: _Writing, *, budget: int) -> list[Chunk]:
-        """First come, first served; only who waits for a page that is just being written is overtaken."""
+        """In turn; who waits for a page that is just being written is passed over."""
         chunks: list[Chunk] = []
-        for request in tuple(self.waiting):
+        for request in self._in_turn():
             if not budget or len(self.running) >= self.max_running:
                 break
             cached = self.table.match(request)
@@ -275,7 +281,22 @@ class Scheduler:
             budget -= stop - chunks[-1].start
         return chunks
 
+    def _in_turn(self) -> list[Request]:
+        """Who waits: those overtaken too often, then those with the most pages in the cache, then by arrival.
+
+        Else a conversation that goes on would find its pages taken by others that came before its latest turn, they
+        later by it, and with a pool too small for all of them nobody would find any.
+        """
+        if len(self.waiting) < 2 or len(self.running) >= self.max_running:
+            return list(self.waiting)
+        cached = {r.id: len(self.table.match(r)) for r in self.waiting[:WINDOW] if r.overtaken < OVERTAKEN}
+        most = self.table.pages  # of them nobody has more
+        near = sorted(self.waiting[:WINDOW], key=lambda r: -cached.get(r.id, most + 1))
+        return near + self.waiting[WINDOW:]
+
     def _start(self, request: Request, cached: list[int]) -> None:
+        for other in self.waiting[: self.waiting.index(request)]:
+            other.overtaken += 1
         if not request.preemptions:
             self.table.counters.queries += request.length
         self._take(request, cached)

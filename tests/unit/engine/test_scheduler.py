@@ -4,7 +4,7 @@ import pytest
 
 from heliostat.engine.page_table import PageTable
 from heliostat.engine.request import Request, Sampling, State
-from heliostat.engine.scheduler import Scheduler
+from heliostat.engine.scheduler import OVERTAKEN, Scheduler
 from heliostat.errors import Refused
 from heliostat.family import SHARINGS
 
@@ -86,6 +86,37 @@ def test_admission_is_by_arrival_and_bounded_by_running_and_pages():
     assert [c[0] for c in step(s)] == ["a"], "b does not fit, and c does not overtake it"
     assert [c[0] for c in step(s)] == ["a"]
     assert [c[0] for c in step(s)] == ["b", "c"], "d is one too many"
+
+
+def conversation(s, name, tokens, **sampling):
+    """A turn of a conversation: its tokens are a prompt's beginning, then the next turn's."""
+    return added(s, name, tokens, **{"max_tokens": 1, **sampling})
+
+
+def test_who_finds_its_pages_goes_before_those_that_would_write_over_them():
+    s = scheduler(pages=6, running=1)
+    tokens = list(range(1000, 1017))
+    conversation(s, "a", tokens)
+    step(s)
+    for name in "bcd":
+        added(s, name, 20, max_tokens=1)
+    goes_on = conversation(s, "e", [*tokens, 1, 2, 3])
+    order = [step(s)[0][0] for _ in range(4)]
+    assert order == ["e", "b", "c", "d"]
+    assert goes_on.cached_tokens == 16
+
+
+def test_nobody_is_overtaken_more_often_than_allowed():
+    s = scheduler(pages=6, running=1)
+    tokens = list(range(1000, 1017))
+    conversation(s, "a", tokens)
+    step(s)
+    waits, order = added(s, "b", 20, max_tokens=1), []
+    while not waits.answer:
+        conversation(s, chr(200 + len(order)), [*tokens, len(order)])
+        order += [chunk[0] for chunk in step(s)]
+        assert len(order) < 100
+    assert len(order) == OVERTAKEN + 1 and order[-1] == "b" and waits.overtaken == OVERTAKEN
 
 
 def test_an_answer_ends_at_an_end_token():
