@@ -138,7 +138,8 @@ def _speed_table(speed: Mapping[str, Any]) -> list[str]:
         "",
         f"Tokens a second of decode steps of the engine, a {speed['shape']} shape with random weights, medians of "
         f"{speed['repeats']} pairs measured in turns. Linears: {speed['megabytes'][0]:.0f} MB in 16 bits, "
-        f"{speed['megabytes'][1]:.0f} MB in codebooks ({speed['format']}), as they lie in memory for serving.",
+        f"{speed['megabytes'][1]:.0f} MB in codebooks ({speed['format']}), "
+        "without the kernel's copy of the codes (as much again) and the plain weights kept for many rows.",
         "",
         f"`{speed['birth']['command']}`; {speed['birth']['hardware']}; commit {speed['birth']['commit']}; "
         f"{speed['birth']['date']}",
