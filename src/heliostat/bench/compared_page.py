@@ -23,6 +23,10 @@ PEAKS = (
     "prompt tokens that need not run if every page is kept; cheaper or dearer decoding is not in it, so a ratio may lie "
     "above it. *Prompt tokens run* are parts of the baseline's, in brackets the fewest possible."
 )
+CAPPED = (
+    "Sessions a second by how many are in flight at most. What a system loses beyond its best is what it does "
+    "past saturation, when the pool does not hold all that are in flight."
+)
 LOADS = (
     "Loads are parts of the baseline's peak. Sessions arrive at random and are the same for all systems. A 95th "
     "percentile needs 200 sessions and a queue that does not grow; *shorter* says how many times as long the baseline's "
@@ -45,6 +49,7 @@ def _comparison(found: Found) -> list[str]:
         f"<h2>{found['members']} members</h2>",
         f"<p>{escape(setting(found))}</p>",
         *([f"<p>{_plainly(PEAKS)}</p>", table(*peak_cells(found))] if found["peaks"] else []),
+        *([f"<p>{_plainly(CAPPED)}</p>", table(*cap_cells(found))] if found["peaks"] else []),
         *([f"<p>{_plainly(LOADS)}</p>", table(*load_cells(found))] if found["loads"] else []),
         *pictures(found).values(),
     ]
@@ -121,6 +126,16 @@ def peak_cells(found: Found) -> Cells:
                 ]
             )
     return heads, rows
+
+
+def cap_cells(found: Found) -> Cells:
+    """The table of sessions in flight."""
+    caps = list(dict.fromkeys(cap for own in found["caps"].values() for cap in own))
+    rows = [
+        [name, *(f"{own[cap]:.2f}" if cap in own else "" for cap in caps)]
+        for name, own in found["caps"].items()
+    ]
+    return ["in flight", *caps], rows
 
 
 def times(estimate: Found) -> str:
@@ -324,7 +339,7 @@ def markdown(results: Found, drawn: Sequence[str]) -> str:
     ]
     for found in results["comparisons"]:
         parts += [f"## {found['members']} members", setting(found)]
-        parts += [PEAKS, grid(peak_cells(found))] if found["peaks"] else []
+        parts += [PEAKS, grid(peak_cells(found)), CAPPED, grid(cap_cells(found))] if found["peaks"] else []
         parts += [LOADS, grid(load_cells(found))] if found["loads"] else []
     parts += [f"![{file.removesuffix('.svg')}]({file})" for file in drawn]
     return "\n\n".join(parts) + "\n"

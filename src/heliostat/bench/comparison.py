@@ -30,8 +30,8 @@ LOADS = (0.5, 0.8, 1.0, 1.2)
 LIMITS = Limits(ttft=1.0, tpot=0.1)
 IN_FLIGHT = 16
 """Sessions whose keys and values a pool of size ``even`` holds once."""
-CAPS = (4, 8, 12, 16)
-"""Sessions in flight that are tried; the others wait outside, and that time counts."""
+CAPS = (4, 8, 12, 16, 32)
+"""Sessions in flight that are tried; the others wait outside, and that time counts. The last: twice what a pool holds."""
 ROUNDS = 5
 SATURATED = 48
 """Sessions of one run that finds a peak: three times those in flight, so that beginning and end weigh little."""

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from heliostat.bench import comparing, decode
-from heliostat.bench.compared_page import load_cells, markdown, peak_cells, warnings, write_docs, write_report
+from heliostat.bench.compared_page import (
+    cap_cells,
+    load_cells,
+    markdown,
+    peak_cells,
+    warnings,
+    write_docs,
+    write_report,
+)
 from heliostat.bench.comparing import Kept, Silent, run_all
 from heliostat.bench.comparison import LOAD, ONE_MEMBER, Comparison
 from heliostat.bench.records import Run
@@ -90,6 +98,8 @@ def _said(results: dict[str, Any], folder: Path) -> None:
         for system in ("independent", "icarus")
     ]
     assert "too few: 2 pairs of 5" in peak_cells(found)[1][1]
+    heads, rows = cap_cells(found)
+    assert heads == ["in flight", "1", "2"] and all(float(x) > 0 for row in rows for x in row[1:])
     assert all("too few: 3 sessions of 200" in row for row in load_cells(found)[1])
     page = write_report(folder / "report.html", results).read_text()
     assert page.count("<svg") >= 8 and "where the machine" in page and "one member a session" in page
