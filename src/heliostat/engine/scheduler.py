@@ -13,7 +13,6 @@ from heliostat.engine.page_table import PageTable
 from heliostat.engine.request import FinishReason, Request, State
 from heliostat.errors import Refused
 
-
 WINDOW = 32
 """Of those that wait, so many of the earliest are looked at for pages that are there already."""
 OVERTAKEN = 32
@@ -49,10 +48,11 @@ class Step:
 class Scheduler:
     """Decides step by step: ``add``, then ``schedule``, run it, ``commit``, while ``unfinished``.
 
-    First come, first served, but that of those who wait the ones go first whose pages are there: before others write
-    over them. Where pages run out the latest arrival gives up its own, and later replays every token through its own writer. The earliest running request always gets on, and whatever was accepted
-    fits the pool by itself: every request ends, however small the pool. A step is empty only if nothing is
-    unfinished, if all wait for pages that they fetch, or if pages of handed requests are in the way.
+    First come, first served, but of those who wait the ones whose pages are there go first, before others write over
+    them. Where pages run out the latest arrival gives up its own, and later replays every token through its own
+    writer. The earliest running request always gets on, and whatever was accepted fits the pool by itself: every
+    request ends, however small the pool. A step is empty only if nothing is unfinished, if all wait for pages that
+    they fetch, or if pages of handed requests are in the way.
 
     A request that fetches gets its pages at once; they are filled between steps (``arrived``), and it runs when all
     are there. One that hands over keeps its pages, though nothing of it runs, until it is finished.
