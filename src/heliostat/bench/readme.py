@@ -94,10 +94,27 @@ def _two_rows() -> dict[str, Figure]:
     }
 
 
+def _members() -> dict[str, Figure]:
+    """Tokens a second of one speaker for all, and of adapters, by members and requests running each, all alike."""
+    cases = {"four1": 0, "four4": 1, "eight1": 4, "eight4": 5}
+    return {
+        f"{name}_{system}": Figure(f"cases/{case}/systems/{system}/ratio/value")
+        for name, case in cases.items()
+        for system in ("sun", "multilora")
+    }
+
+
 LINES: Sequence[Line] = (
     Line("the engine beside transformers' `generate`, 100M", SPEED, "engine", beside("transformers")),
     Line("the engine beside vLLM on CPU, 100M", SPEED, "engine", beside("vllm")),
     Line("the engine beside OpenVINO GenAI, 100M", SPEED, "engine", beside("openvino")),
+    Line(
+        "SUN beside N separate models on the same cores, decoding, 100M",
+        "4 members with 1 or 4 requests each: {four1_sun}, {four4_sun} the tokens a second (multi-LoRA {four1_multilora}, "
+        "{four4_multilora}); 8 members: {eight1_sun}, {eight4_sun} ({eight1_multilora}, {eight4_multilora})",
+        "decode-members",
+        _members(),
+    ),
     Line(
         "a step with a writer's and a speaker's row, beside one row, 100M",
         "takes {two1}, {two8}, {two32} as long at batch 1, 8, 32; an adapter for each of 8 members, one row: "
