@@ -74,6 +74,6 @@ def test_what_cannot_be_is_refused_by_name() -> None:
 
 def test_points_are_counted_and_a_quick_one_has_few() -> None:
     it = comparison("independent", "multilora", "icarus")
-    assert it.points == 3 * 4 + 3 * 5 * 3 + 3 * 4 + 4 * 4
+    assert it.points == 3 * 5 + 3 * 5 * 3 + 3 * 4 + 5 * 4
     assert quick(it).points == 3 * 2 + 3 * 5 + 3
     assert quick(it).seconds(1.0) < it.seconds(1.0)

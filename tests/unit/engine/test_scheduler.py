@@ -111,7 +111,8 @@ def test_nobody_is_overtaken_more_often_than_allowed():
     tokens = list(range(1000, 1017))
     conversation(s, "a", tokens)
     step(s)
-    waits, order = added(s, "b", 20, max_tokens=1), []
+    waits = added(s, "b", 20, max_tokens=1)
+    order: list[str] = []
     while not waits.answer:
         conversation(s, chr(200 + len(order)), [*tokens, len(order)])
         order += [chunk[0] for chunk in step(s)]
