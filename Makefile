@@ -100,6 +100,7 @@ base: $(STAMP)  ## make the embedded base again, into out/base; an hour on one c
 
 results: $(STAMP)  ## all tasks, three seeds, into docs/results/; hours, and can be resumed
 	$(BIN)/python -m heliostat.bench.results --readme README.md
+	$(BIN)/python -m heliostat.bench.union
 	$(BIN)/python -m heliostat.bench.reach
 	$(BIN)/python -m heliostat.bench.tuners
 
