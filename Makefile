@@ -63,13 +63,20 @@ bench: $(STAMP)  ## a short version of everything, into out/bench: no 95th perce
 	$(BIN)/python -m heliostat.bench.profile --short --docs $(SHORT)
 	$(BIN)/python -m heliostat.bench.routing --decisions 500 --docs $(SHORT)
 	$(BIN)/python -m heliostat.bench.step_time --repeats 5 --docs $(SHORT)
-	$(BIN)/heliostat bench train --hidden-size 128 --batch 1 --repeats 1 --loss-steps 0 --out $(SHORT)/tuners
+	$(BIN)/heliostat bench train --hidden-size 128 --batch 1 --repeats 5 --loss-steps 0 --out $(SHORT)/tuners
 
-bench-pages: $(STAMP)  ## what docs/results holds of speed, measured again: an hour; TRACES="FILE ..." replays them, too
+bench-pages: $(STAMP)  ## what docs/results holds of speed, measured again: two hours; TRACES="FILE ..." replays them, too
 	$(BIN)/python -m heliostat.bench.step_time
-	$(BIN)/heliostat bench train --hidden-size 384 --batch 2 --repeats 5 --out docs/results
+	OMP_NUM_THREADS=1 $(BIN)/heliostat bench train --hidden-size 384 --batch 2 --repeats 5 --out docs/results
 	$(BIN)/python -m heliostat.bench.routing
 	$(BIN)/python -m heliostat.bench.profile
+	$(BIN)/heliostat bench decode --members 4,8 --running 1,4 --docs docs/results
+	$(BIN)/heliostat bench workflow --workflow reflexion --members 4 --compare independent,prefillshare --loads 0.8,1 --docs docs/results
+	$(BIN)/heliostat bench workflow --workflow react --members 2,4,8 --compare multilora,icarus --docs docs/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m heliostat.bench.steps --shape 24M --threads 1 --seconds 90 --out docs/results/costs.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m heliostat.bench.validating --costs docs/results/costs.json
+	$(BIN)/heliostat bench workers --costs docs/results/costs.json --members 4 --popularity zipf:1.2 --compare sun --docs docs/results
+	$(BIN)/python -m heliostat.bench.qsun_decode
 	$(if $(TRACES),$(BIN)/python -m heliostat.bench.replaying $(TRACES))
 	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
 	$(BIN)/python -m heliostat.bench.readme

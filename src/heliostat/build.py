@@ -219,7 +219,7 @@ def verify_member(family: Family, name: str, *, folder: str | Path = "FAM") -> N
         if module in family.modules and family.module(module).digest != digest:
             raise Refused(
                 f"member {name!r} was tuned with {module!r} of digest {digest[:12]}, the family now has "
-                f"{family.module(module).digest[:12]}: tune it again ({again})"
+                f"{family.module(module).digest[:12]}: tune it again ({again}{frozen_words(member.row, member.sharing)})"
             )
     strange = [module for module in member.row.modules if member.digests and module not in member.digests]
     if strange:

@@ -326,6 +326,8 @@ class Family:
     def without_module(self, name: str) -> Family:
         """The family without a module that nobody uses; refused where it is the base, a member's own or used."""
         module, users = self.module(name), self.users(name)
+        if name == BASE:
+            raise Refused(f"{name!r} is what the family stands on: it cannot be removed")
         if module.quantization is None:
             raise Refused(
                 f"{name!r} is not a quantized module: it goes with its member (heliostat member rm)"

@@ -194,6 +194,8 @@ def _load(it: Comparison, found: Found, load: float) -> dict[str, Any] | None:
 def latency_ratio(theirs: Any, mine: Any, q: int) -> Estimate:
     """How many times as long the baseline's sessions take, at a percentile; an interval over the same sessions."""
     for point in (theirs, mine):
+        if point["summary"]["queue"]["grows"]:
+            return Estimate(None, why_not="the queue grows")
         told = point["summary"]["session"][f"p{q}"]
         if "value" not in told:
             return Estimate(None, why_not=told["why_not"])

@@ -66,7 +66,8 @@ class Kept:
         note, wanted = folder / "asked.json", json.loads(json.dumps(asked))
         if note.exists() and read_json(note) != wanted:
             raise Refused(
-                f"{folder} holds another comparison, or one of another commit: take another folder with --out"
+                f"{folder} holds another comparison, or one of another commit, machine or number of threads: take another "
+                "folder with --out"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         atomic_write_text(note, json.dumps(wanted, indent=1) + "\n")
@@ -211,7 +212,7 @@ def run_all(comparisons: Sequence[Comparison], folder: Path, *, command: str, te
     stand = Stand(first.shape, seed=first.load.seed)
     _refuse_too_long(comparisons, stand.config.max_length)
     birth = certificate(command, seed=first.load.seed, repeats=first.rounds)
-    asked = {"commit": birth["commit"], "comparisons": [asdict(each) for each in comparisons]}
+    asked = {**decisive(birth), "comparisons": [asdict(each) for each in comparisons]}
     kept, made, stopped = Kept(folder, asked), [], False
     for each in comparisons:
         made.append(comparing := Comparing(each, stand, kept, tell=tell))
@@ -228,6 +229,11 @@ def run_all(comparisons: Sequence[Comparison], folder: Path, *, command: str, te
     }
     atomic_write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     return results
+
+
+def decisive(birth: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a certificate decides the numbers: points of another cannot stand beside each other."""
+    return {name: birth[name] for name in ("commit", "hardware", "threads", "versions")}
 
 
 def _refuse_too_long(comparisons: Sequence[Comparison], most: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.bench.birth import certificate
-from heliostat.bench.comparing import Kept, Tell
+from heliostat.bench.comparing import Kept, Tell, decisive
 from heliostat.bench.decode import prompts
 from heliostat.bench.decoded import Case, decoded
 from heliostat.bench.stand import Stand
@@ -23,6 +23,9 @@ from heliostat.bench.systems import System, member_names, rank
 from heliostat.engine.engine import PAGE_SIZE
 from heliostat.engine.request import Request, Sampling
 from heliostat.files import atomic_write_text
+
+PROMPT_ROWS = 1_024
+"""Prompt tokens that an engine reads in a step, at least, while others decode beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,13 @@ def timed(stand: Stand, system: System, case: Case, *, seed: int) -> Timed:
     """Serve the requests of a case once, in a fresh engine."""
     members = member_names(case.members)
     counts = case.counts()
-    total, tokens = sum(counts), case.prompt + case.steps + 1
+    total = sum(counts)
+    # Who is read first goes on saying tokens until the last prompt is read; only then every step has all of them.
+    spoken = case.steps + 2 + -(-total * case.prompt // PROMPT_ROWS)
+    tokens = case.prompt + spoken
     engine = stand.engine(system, members, pages=total * (1 + -(-tokens // PAGE_SIZE)), most=total)
     rows = system.rows(members)
-    wish = Sampling(max_tokens=case.steps + 1, ignore_eos=True)
+    wish = Sampling(max_tokens=spoken, ignore_eos=True)
     who = [member for member, count in zip(members, counts, strict=True) for _ in range(count)]
     for number, (member, prompt) in enumerate(zip(who, prompts(total, seed, case.prompt), strict=True)):
         digests = dict(engine.digests)
@@ -59,7 +65,8 @@ def timed(stand: Stand, system: System, case: Case, *, seed: int) -> Timed:
         if len(said) == total and all(len(chunk.request.answer) > 1 for chunk in engine.latest.chunks):
             before = before or started - begun
             seconds.append(now - started)
-    return Timed(total, seconds, before)
+    assert len(seconds) >= case.steps, f"{len(seconds)} steps in which all {total} say a token"
+    return Timed(total, seconds[-case.steps :], before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +84,7 @@ def run_all(asked: Decoding, folder: Path, *, command: str, tell: Tell) -> dict[
     """All cases, and results.json; after Ctrl-C what there is of them (``stopped`` is then true)."""
     stand = Stand(asked.shape, seed=asked.seed)
     birth = certificate(command, seed=asked.seed, repeats=asked.rounds)
-    kept = Kept(folder, {"commit": birth["commit"], **asdict(asked)})
+    kept = Kept(folder, {**decisive(birth), **asdict(asked)})
     stopped = False
     try:
         _measure(asked, stand, kept, tell)

@@ -57,7 +57,7 @@ def number(results: Any, path: str) -> float:
     found = results
     for step in path.split("/"):
         try:
-            found = found[int(step)] if isinstance(found, list) else found[step]
+            found = _in_list(found, step) if isinstance(found, list) else found[step]
         except (KeyError, IndexError, TypeError, ValueError):
             raise Refused(
                 f"the results have nothing at {step!r} of {path!r}: measure again, or mend LINES"
@@ -65,6 +65,17 @@ def number(results: Any, path: str) -> float:
     if not isinstance(found, int | float) or isinstance(found, bool):
         raise Refused(f"the results have no number at {path!r}: {found!r}")
     return found
+
+
+def _in_list(found: list[Any], step: str) -> Any:
+    """By place, or the only one that is so: ``members=4&running=1`` of a list of cases."""
+    if "=" not in step:
+        return found[int(step)]
+    wanted = dict(part.split("=") for part in step.split("&"))
+    (one,) = [
+        each for each in found if all(str(each.get("case", each)[n]) == value for n, value in wanted.items())
+    ]
+    return one
 
 
 def beside(peer: str) -> dict[str, Figure]:
@@ -96,12 +107,24 @@ def _two_rows() -> dict[str, Figure]:
 
 def _members() -> dict[str, Figure]:
     """Tokens a second of one speaker for all, and of adapters, by members and requests running each, all alike."""
-    cases = {"four1": 0, "four4": 1, "eight1": 4, "eight4": 5}
+    cases = {"four1": (4, 1), "four4": (4, 4), "eight1": (8, 1), "eight4": (8, 4)}
+    one = "cases/members={}&running={}&popularity=uniform&prompt=224"
     return {
-        f"{name}_{system}": Figure(f"cases/{case}/systems/{system}/ratio/value")
+        f"{name}_{system}": Figure(f"{one.format(*case)}/systems/{system}/ratio/value")
         for name, case in cases.items()
         for system in ("sun", "multilora")
     }
+
+
+def _workflow(system: str, members: Sequence[int]) -> dict[str, Figure]:
+    """Peaks, ceilings, and 95th percentiles of sessions at the baseline's peak load, by members."""
+    found = {}
+    for count in members:
+        own = f"comparisons/members={count}"
+        found[f"peak{count}"] = Figure(f"{own}/peaks/0/systems/{system}/ratio/value")
+        found[f"ceiling{count}"] = Figure(f"{own}/peaks/0/systems/{system}/ceiling/throughput")
+        found[f"tail{count}"] = Figure(f"{own}/loads/load=1.0/systems/{system}/p95_ratio/value")
+    return found
 
 
 LINES: Sequence[Line] = (
@@ -114,6 +137,20 @@ LINES: Sequence[Line] = (
         "{four4_multilora}); 8 members: {eight1_sun}, {eight4_sun} ({eight1_multilora}, {eight4_multilora})",
         "decode-members",
         _members(),
+    ),
+    Line(
+        "PrefillShare beside 4 separate models, Reflexion, same cores and pages, 24M",
+        "{peak4} the sessions a second (ceiling by tokens that need not run: {ceiling4}); at the others' peak load p95 of a "
+        "session {tail4} shorter",
+        "workflow-reflexion",
+        _workflow("prefillshare", [4]),
+    ),
+    Line(
+        "ICaRus beside multi-LoRA, ReAct, same cores and pages, 24M",
+        "2, 4, 8 members: {peak2}, {peak4}, {peak8} the sessions a second (ceilings {ceiling2}, {ceiling4}, {ceiling8}); at "
+        "the others' peak load p95 of a session {tail2}, {tail4}, {tail8} shorter",
+        "workflow-react-members",
+        _workflow("icarus", [2, 4, 8]),
     ),
     Line(
         "a step with a writer's and a speaker's row, beside one row, 100M",

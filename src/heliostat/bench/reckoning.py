@@ -112,7 +112,9 @@ def reckon(machine: Machine, case: Case, pool: Pool, demand: Mapping[str, Demand
     context = prompt + answer / 2
     moving = machine.page_bytes / machine.page_size * prompt * machine.costs.byte_seconds
     beside = served if PREFILL in pool.roles else moving
-    found = _batch(machine, case, shares, rate, answer, context, beside)
+    room = machine.pages_beside(pool.modules, case) * machine.page_size
+    most = min(machine.max_running, room / (prompt + answer))
+    found = _batch(machine, case, shares, rate, answer, context, beside, most)
     if PREFILL not in pool.roles or found.tpot is None:
         return found
     waiting = _queue(rate * count, served, _mean(own, shares, "spread"), count)
@@ -140,8 +142,12 @@ def _batch(
     answer: float,
     context: float,
     beside: float,
+    most: float,
 ) -> Reckoned:
-    """The batch at which as many answers end as come; ``beside``: seconds that each request takes of all others."""
+    """The batch at which as many answers end as come; ``beside``: seconds that each request takes of all others.
+
+    ``most``: requests that may run, and whose pages fit.
+    """
     free = 1 - rate * beside
     if free <= 1 - STABLE:
         return Reckoned(1.0)
@@ -149,7 +155,7 @@ def _batch(
     for _ in range(200):
         tpot = step_seconds(case, machine.costs, shares, max(1.0, batch), context) / free
         wanted = rate * answer * tpot
-        if wanted > machine.max_running:
+        if wanted > most:
             return Reckoned(1.0)
         if abs(wanted - batch) < 1e-6:
             break

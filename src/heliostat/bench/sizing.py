@@ -192,11 +192,13 @@ class Sizing:
         while moved:
             moved = False
             for pool in pools:
-                while counts[pool.name] > 1:
-                    trial = counts | {pool.name: counts[pool.name] - max(1, counts[pool.name] // 16)}
+                step = max(1, counts[pool.name] // 16)
+                while step and counts[pool.name] > 1:
+                    trial = counts | {pool.name: counts[pool.name] - min(step, counts[pool.name] - 1)}
                     run, _ = self._run(pools, trial)
                     if self._poor(pools, run):
-                        break
+                        step //= 2
+                        continue
                     counts, moved = trial, True
                     found = self._sized(pools, counts, split=split, apart=apart, run=run)
             moved = moved and len(pools) > 1

@@ -39,7 +39,8 @@ class System:
     def case(self, members: Sequence[str]) -> Case:
         """As ``counting`` takes it."""
         rows = self.rows(members)
-        return Case(self.name, rows, {m: self.weights(m) for row in rows.values() for m in row.modules})
+        names = {name for row in rows.values() for name in row.modules}
+        return Case(self.name, rows, {m: self.weights(m) for m in names if self.weights(m) != m})
 
 
 SYSTEMS: Mapping[str, System] = {

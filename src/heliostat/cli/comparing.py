@@ -81,11 +81,34 @@ def workflow(
 
     Ctrl-C keeps what was measured; the same command goes on from there.
     """
-    sweep = _swept(pools, switches, popularity)
-    wanted = _comparisons(members, compare, sweep, loads, given(flags), shape=shape, seed=seed)
+    sweep, typed = _swept(pools, switches, popularity), given(flags)
+    _refuse_unused(members, sweep, loads, typed, quick_run=quick_run)
+    wanted = _comparisons(members, compare, sweep, loads, typed, shape=shape, seed=seed)
     wanted = [quick(each) for each in wanted] if quick_run else wanted
     usual = f"workflow-{wanted[0].load.workflow}" + ("-members" if len(wanted) > 1 else "")
     _measured(wanted, name or usual, out, docs, as_json=as_json)
+
+
+def _refuse_unused(
+    members: str,
+    sweep: tuple[Variant, Sequence[Variant]],
+    loads: str,
+    typed: Mapping[str, Any],
+    *,
+    quick_run: bool,
+) -> None:
+    """Refuse options that would decide nothing beside others."""
+    fixed, swept = sweep
+    if quick_run and (loads or swept or "sessions" in typed):
+        raise Refused(
+            "--quick has a load and a number of sessions of its own, and sweeps nothing: leave those options out"
+        )
+    if swept and len(counts(members)) > 1:
+        raise Refused("several --members and several --pools, --switches or --popularity: sweep one of them")
+    if fixed.load["popularity"] and typed.get("assignment", "draw") != "draw":
+        raise Refused(
+            f"--assignment {typed['assignment']} gives members turns, so --popularity says nothing: take draw"
+        )
 
 
 def _comparisons(

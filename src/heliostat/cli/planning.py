@@ -31,6 +31,9 @@ Model = Annotated[
     str | None, typer.Option(help="1b, 3b, 8b, 70b or a config.json; the family's base.", show_default=False)
 ]
 
+_USUAL: dict[str, Any] = {"price": None, "model": None, "ttft": 2.0, "tpot": 0.05, "stretch": 1_000}
+"""What options that belong to a machine are, where they are not given."""
+
 
 def plan(
     logs: Annotated[
@@ -48,9 +51,11 @@ def plan(
     costs: Costs = None,
     price: Price = None,
     model: Model = None,
-    ttft: Annotated[float, typer.Option(help="Limit, seconds.")] = 2.0,
-    tpot: Annotated[float, typer.Option(help="Limit, seconds.")] = 0.05,
-    stretch: Annotated[int, typer.Option(min=2, help="Requests of the log that are simulated.")] = 1_000,
+    ttft: Annotated[float, typer.Option(help="Limit, seconds.")] = _USUAL["ttft"],
+    tpot: Annotated[float, typer.Option(help="Limit, seconds.")] = _USUAL["tpot"],
+    stretch: Annotated[int, typer.Option(min=2, help="Requests of the log that are simulated.")] = _USUAL[
+        "stretch"
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.json and report.html.", show_default=False)
     ] = None,
@@ -73,8 +78,8 @@ def plan(
         limits = Limits(ttft=ttft, tpot=tpot)
         sized = fleet(log, machine, limits, price=price, own=own, stretch=stretch)
         found = replace(found, fleet=sized, notes=(*found.notes, assumed))
-    elif price is not None or model is not None:
-        raise Refused("--price and --model say nothing without a machine: give --gpu, or --costs")
+    elif unused := _unused(price=price, model=model, ttft=ttft, tpot=tpot, stretch=stretch):
+        raise Refused(f"{unused} says nothing without a machine: give --gpu, or --costs")
     if out is not None:
         _write(out, found)
     if as_json:
@@ -89,6 +94,12 @@ def plan(
         print(found.fleet.verdict)
     if out is not None:
         print(f"report: {out / 'report.html'}")
+
+
+def _unused(**options: Any) -> str | None:
+    """The first option that was given and belongs to a machine."""
+    given = (name for name, value in options.items() if value != _USUAL[name])
+    return next((f"--{name}" for name in given), None)
 
 
 def _tokenizer(family: Path | None) -> Tokenize | None:
@@ -125,7 +136,10 @@ def _machine(
 
         config = config_of(family, read_family(family), BASE)
     elif model is not None and Path(model).exists():
-        config = read_config(Path(model) if Path(model).is_dir() else Path(model).parent)
+        path = Path(model)
+        if path.is_file() and path.name != "config.json":
+            raise Refused(f"--model {path}: give a config.json, or the folder it lies in")
+        config = read_config(path if path.is_dir() else path.parent)
     else:
         config = model_named(model or "8b")
     return machine(gpu, config), assumptions()
@@ -143,7 +157,7 @@ def _rows(family: Path | None, log: Log) -> Case | None:
     if strange:
         note(f"note: {', '.join(strange)}: no members of {family}, so its rows are not counted")
         return None
-    weights = {module.name: module.weights for module in found.modules.values()}
+    weights = {m.name: m.weights for m in found.modules.values() if m.weights != m.name}
     return Case("this family", {name: found.row(name) for name in log.members}, weights)
 
 

@@ -94,6 +94,8 @@ class PageTable:
         self.pages = pages
         self.page_size = page_size
         self.counters = Counters()
+        self.version = 0
+        """Raised whenever a key comes or goes."""
         self.generations: Generations = [0] * pages if generations is None else generations
         self._free = list(range(pages - 1, -1, -1))
         self._idle = Idle()
@@ -194,6 +196,7 @@ class PageTable:
         published = self._published[page]
         assert published is not None and not self._references[page]
         del self._by_key[published.key]
+        self.version += 1
         self._part(page, published.previous)
         self._lost[published.key] = self._hits[page]
         if len(self._lost) > self.pages:
@@ -237,6 +240,7 @@ class PageTable:
         if key is None or key in self._by_key:
             return
         self._by_key[key] = page
+        self.version += 1
         previous = request.page_keys[index - 1] if index else b""
         assert previous is not None, "a page behind one without a key has none"
         writer = request.writer_of(index * self.page_size)

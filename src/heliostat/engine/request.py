@@ -152,6 +152,8 @@ class Request:
     """Place in the order of arrival; a preempted request keeps its own."""
     overtaken: int = 0
     """How many that came later were admitted before it."""
+    claim: tuple[int, int] = (-1, 0)
+    """Its pages in the cache while it waits, as of a version of the page table: (version, pages)."""
     preemptions: int = 0
     cached_tokens: int = 0
     """Prompt tokens that never had to run because their pages were there already."""

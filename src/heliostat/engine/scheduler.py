@@ -13,10 +13,10 @@ from heliostat.engine.page_table import PageTable
 from heliostat.engine.request import FinishReason, Request, State
 from heliostat.errors import Refused
 
-WINDOW = 32
+WINDOW = 16
 """Of those that wait, so many of the earliest are looked at for pages that are there already."""
 OVERTAKEN = 32
-"""Nobody is overtaken more often."""
+"""Nobody is overtaken more often by those whose pages are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ class Scheduler:
     def _admit(self, writing: _Writing, *, budget: int) -> list[Chunk]:
         """In turn; who waits for a page that is just being written is passed over."""
         chunks: list[Chunk] = []
-        for request in self._in_turn():
+        for request in self._in_turn() if budget else ():
             if not budget or len(self.running) >= self.max_running:
                 break
             cached = self.table.match(request)
@@ -267,7 +267,9 @@ class Scheduler:
                 continue
             # Room for all it knows, not only for its first chunk: else it would soon be preempted again.
             if self.table.pages_for(request.goal) - len(cached) > self.table.available(without=cached):
-                break
+                if request is self.waiting[0] or request.overtaken >= OVERTAKEN:
+                    break
+                continue
             self._start(request, cached)
             if request.arriving:
                 self._make_place(request)
@@ -282,17 +284,24 @@ class Scheduler:
         return chunks
 
     def _in_turn(self) -> list[Request]:
-        """Who waits: those overtaken too often, then those with the most pages in the cache, then by arrival.
+        """Who waits: the preempted and the too often overtaken, then who has most pages in the cache, then by arrival.
 
         Else a conversation that goes on would find its pages taken by others that came before its latest turn, they
         later by it, and with a pool too small for all of them nobody would find any.
         """
-        if len(self.waiting) < 2 or len(self.running) >= self.max_running:
+        if len(self.waiting) < 2 or len(self.running) >= self.max_running or not self.table.available():
             return list(self.waiting)
-        cached = {r.id: len(self.table.match(r)) for r in self.waiting[:WINDOW] if r.overtaken < OVERTAKEN}
-        most = self.table.pages  # of them nobody has more
-        near = sorted(self.waiting[:WINDOW], key=lambda r: -cached.get(r.id, most + 1))
-        return near + self.waiting[WINDOW:]
+        near = [(self._claim(request), request) for request in self.waiting[:WINDOW]]
+        near.sort(key=lambda pair: -pair[0])
+        return [request for _, request in near] + self.waiting[WINDOW:]
+
+    def _claim(self, request: Request) -> int:
+        """How early a request is to be admitted: by its pages in the cache, looked for again when others came or went."""
+        if request.preemptions or request.overtaken >= OVERTAKEN:
+            return self.table.pages + 1  # more than anybody has
+        if request.claim[0] != self.table.version:
+            request.claim = self.table.version, len(self.table.match(request))
+        return request.claim[1]
 
     def _start(self, request: Request, cached: list[int]) -> None:
         for other in self.waiting[: self.waiting.index(request)]:

@@ -23,6 +23,7 @@ from heliostat.linear.choice import put_columns
 from heliostat.linear.columns import is_dense
 from heliostat.linear.lora import adapter_of, like_weight, put_adapter
 from heliostat.model.weights import PICKLES, digest_folder, read_shapes, read_tensors, save_tensors
+from heliostat.ops.native.blocks import LINEARS
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -125,13 +126,14 @@ def load_adapter(folder: Path, model: nn.Module, name: str) -> None:
             continue
         assert part.a is not None
         adapter = put_adapter(model, path, name, r=part.b.shape[1], scale=part.scale)
-        adapter.to(like_weight(linear).dtype)
+        adapter.to(_kind(model, linear))
         adapter.a.data.copy_(part.a)
         adapter.b.data.copy_(part.b)
         adapter.requires_grad_(False)
     placed = put_columns(model, name, {path: chosen for path, (chosen, _) in columns.items()})
     for path, tuned in placed.items():
-        tuned.delta.data = columns[path][1].to(like_weight(linear_at(model, path, folder)))
+        linear = linear_at(model, path, folder)
+        tuned.delta.data = columns[path][1].to(like_weight(linear).device, _kind(model, linear))
         tuned.requires_grad_(False)
 
 
@@ -326,10 +328,8 @@ def linear_at(model: nn.Module, path: str, folder: Path) -> nn.Linear:
     except AttributeError as error:
         raise Refused(f"{folder} adapts {path!r}, which this base has not") from error
     inner = getattr(module, "inner", module)
-    if path == "lm_head":
-        raise Refused(
-            f"{folder} adapts 'lm_head': the head of a family is the base's, only Linears of blocks are adapted"
-        )
+    if path.rpartition(".")[2] not in LINEARS and isinstance(inner, nn.Linear):
+        raise Refused(f"{folder} adapts {path!r}: of a family's base only {', '.join(LINEARS)} are adapted")
     if not isinstance(inner, nn.Linear):
         raise Refused(f"{folder} adapts {path!r}, which is no Linear")
     return inner

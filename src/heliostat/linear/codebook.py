@@ -48,12 +48,17 @@ class CodebookLinear(Linear):
     def product(self) -> CodedProduct:
         """What runs where no gradient is wanted; made anew when the tensors are others."""
         made = self._product
-        if made is None or made.coded.codes is not self.codes or made.coded.scales is not self.scales:
+        now = (self.codes, self.codebooks, self.scales)
+        if made is None or any(a is not b for a, b in zip(_tensors(made.coded), now, strict=True)):
             made = self._product = CodedProduct(self.coded)
         return made
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.format}"
+
+
+def _tensors(coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
+    return coded.codes, coded.codebooks, coded.scales
 
 
 def put_codebook(model: nn.Module, path: str, coded: Coded) -> CodebookLinear:

@@ -255,12 +255,11 @@ class Transformer(nn.Module):
         frequencies: Tensor = self.frequencies  # type: ignore[assignment]
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
-        at_once = self._at_once(x) if laid is not None else None
-        if laid is not None and at_once is not None and at_once.serves(x, laid):
-            worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0])
-            if worn is not None:
-                at_once(x, angles, laid, worn)
-                return self.model.norm(x)
+        worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0]) if laid is not None else None
+        at_once = self._at_once(x) if worn is not None else None
+        if laid is not None and worn is not None and at_once is not None and at_once.serves(x, laid):
+            at_once(x, angles, laid, worn)
+            return self.model.norm(x)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
             x = block(x, angles, attend, route, tape[layer] if tape else BOTH, again)

@@ -127,9 +127,10 @@ def quantize_block(
 
 
 def linears_of(block: Block) -> dict[str, nn.Linear]:
-    """The Linears of a block by their paths in it, in the order in which they run."""
+    """The Linears of a block by their paths in it, in the order in which they run; not those of one number a head."""
     found = {path: part for path, part in block.named_modules() if isinstance(part, nn.Linear)}
-    return dict(sorted(found.items(), key=lambda item: LINEARS.index(item[0].rpartition(".")[2])))
+    places = {path: LINEARS.index(name) for path in found if (name := path.rpartition(".")[2]) in LINEARS}
+    return {path: found[path] for path in sorted(places, key=places.__getitem__)}
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from heliostat.build import (
     BASE,
+    RUNS,
     changing,
     describe_module,
     load_modules,
@@ -34,7 +35,7 @@ from heliostat.build import (
 from heliostat.engine.ledger import Ledger, available_memory
 from heliostat.errors import Refused
 from heliostat.family import Family, Module
-from heliostat.files import atomic_directory, atomic_write_text, locked, read_json
+from heliostat.files import atomic_directory, atomic_write_text, locked, read_json, read_yaml
 from heliostat.model.config import ModelConfig, read_config
 from heliostat.model.quantized import PARTS, Quantization, coded_tensors
 from heliostat.model.transformer import Transformer
@@ -139,7 +140,9 @@ def quantize(
             wish.module
         ].model
         layers, loss = _all_layers(place, wish, model, data, kind=_kind(folder, source), tell=tell, echo=echo)
-        made = _result(wish, source, config, layers, loss, data, time.perf_counter() - begin)
+        made = _result(
+            wish, source, config, layers, loss, data, time.perf_counter() - begin, _kind(folder, source)
+        )
         made = replace(made, module=_publish(folder, wish, source, layers, made))
         shutil.rmtree(place, ignore_errors=True)
     return made
@@ -284,6 +287,7 @@ def _result(
     loss: tuple[float, float],
     data: Calibration,
     seconds: float,
+    kind: torch.dtype,
 ) -> Quantized:
     format = Format.parse(wish.format)
     sides = list(config.linears.values()) * config.layers
@@ -294,7 +298,7 @@ def _result(
         format=str(format),
         source=wish.module,
         bits=8 * size / weights,
-        linear_bytes=(2 * weights, size),
+        linear_bytes=(kind.itemsize * weights, size),
         errors=tuple(dict(layer.errors) for layer in layers),
         loss=loss,
         tokens=data.tokens,
@@ -335,8 +339,24 @@ def remove_module(folder: Path, name: str) -> None:
     with changing(folder):
         family = read_family(folder)
         path = module_folder(folder, family.module(name))
-        write_family(folder, family.without_module(name))
+        left = family.without_module(name)
+        if run := _tuned_with(folder, family, name):
+            raise Refused(
+                f"module {name!r} is what {run} tunes through, and that has not ended: let it end, or remove it"
+            )
+        write_family(folder, left)
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _tuned_with(folder: Path, family: Family, name: str) -> Path | None:
+    """The folder of a run that has not ended and has this module as a frozen half."""
+    for path in sorted((folder / RUNS).glob("*/recipe.yaml")):
+        if path.parent.name in family.members:
+            continue
+        asked = read_yaml(path, what="recipe of a run")
+        if name in (asked.get("speaker"), asked.get("writer")):
+            return path.parent
+    return None
 
 
 def _state(origin: Path, layers: list[Layer]) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ class Scaling:
     def _needed(self, role: Role, now: float, span: float) -> int:
         prompt, answer = self._rates(now, span)
         if role == "prefill":
-            workers = prompt * (1 - self.hits) / min(self.velocity.prefill, self.velocity.network)
+            # What is found need not run, but travels.
+            workers = max(prompt * (1 - self.hits) / self.velocity.prefill, prompt / self.velocity.network)
         else:
             workers = answer / self.velocity.decode
         return min(self.most, max(self.least, math.ceil(self.headroom * workers)))

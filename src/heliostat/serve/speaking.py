@@ -57,12 +57,13 @@ class Voice:
         self.reason = said.finish
         if self.reason == "stop" and self.caller.calls:
             self.reason = "tool_calls"
-        if not (text or calls or last or self.every):
+        ready = bool(text or calls or last)
+        if not (ready or self.every):
             return None
         told = Told(
             text=text,
             calls=tuple(enumerate(calls, before)),
-            tokens=tuple(self._untold),
+            tokens=tuple(self._untold) if ready else (),
             ids=tuple(self.ids[self._told :]),
             reason=self.reason,
             offset=len(self.text),
@@ -70,8 +71,10 @@ class Voice:
         )
         self._told = len(self.ids)
         self.text += text
-        self.tokens += self._untold
-        self._untold, self._began = [], True
+        self._began = True
+        if ready:  # their places in the text are known now
+            self.tokens += self._untold
+            self._untold = []
         return told
 
     @property

@@ -117,7 +117,7 @@ def _prepare(recipe: SettledPretraining, run_folder: Path, echo: Callable[[str],
     teacher = _teacher(recipe, tokenizer)
     taught = teacher.model.config.vocabulary if teacher is not None else 0
     model = new_model(recipe, taught or max(tokenizer.size, recipe.vocab_size)).to(recipe.device)
-    rows, held_out = read_rows(recipe, tokenizer, echo)
+    rows, held_out = read_rows(recipe, tokenizer, echo, processes=ranks.count)
     return Work(recipe, run_folder, tokenizer, folder, model, rows, held_out, teacher, ranks)
 
 
@@ -240,16 +240,24 @@ def _identity(work: Work) -> str:
 def _finish(work: Work, history: History, out: Path) -> None:
     """The checkpoint of the new base, then its recipe and pictures; the run's own checkpoints go."""
     folder = work.run_folder
-    _write(work.model, work.tokenizer_folder, out)
     atomic_write_text(folder / "recipe.yaml", to_yaml(work.recipe))
     draw_loss(history, folder / "loss.svg", title=f"pretraining {out.name}")
-    norms = [(r["step"], r["grad_norm"]) for r in read_steps(folder / step_log.NAME)]
+    _draw_gradient(folder)
+    _write(work.model, work.tokenizer_folder, out)
+    for old in checkpoint.checkpoints(folder):
+        checkpoint.discard(old)
+
+
+def _draw_gradient(folder: Path) -> None:
+    """Every step's gradient; no picture where the power went and took lines along that no checkpoint holds."""
+    try:
+        norms = [(r["step"], r["grad_norm"]) for r in read_steps(folder / step_log.NAME)]
+    except Refused:
+        return
     picture = lines(
         {"gradient": norms}, title="Norm of the gradient, before it is clipped", x="step", y="norm"
     )
     atomic_write_text(folder / "gradient.svg", picture)
-    for old in checkpoint.checkpoints(folder):
-        checkpoint.discard(old)
 
 
 def _write(model: Transformer, tokenizer_folder: Path, out: Path) -> None:

@@ -42,13 +42,17 @@ def tokenizer_folder(recipe: SettledPretraining, run_folder: Path) -> Path:
 
 
 def read_rows(
-    recipe: SettledPretraining, tokenizer: Tokenizer, echo: Callable[[str], None]
+    recipe: SettledPretraining, tokenizer: Tokenizer, echo: Callable[[str], None], *, processes: int = 1
 ) -> tuple[PackedRows, PackedRows]:
-    """Rows to learn from and rows held out. Refused, by file and line, where a file cannot be read as text."""
+    """Rows to learn from and rows held out, for all processes. Refused, by file and line, where a file is no text."""
     learned: list[Sequence[int]] = []
     held_out: list[Sequence[int]] = []
     for path in recipe.data:
-        found = _embedded(recipe, tokenizer) if path == EMBEDDED else _from_file(path, recipe, tokenizer)
+        found = (
+            _embedded(recipe, tokenizer, processes)
+            if path == EMBEDDED
+            else _from_file(path, recipe, tokenizer)
+        )
         if recipe.eval_data is None:
             found, kept = _parted(found, recipe.eval_share)
             held_out += kept
@@ -112,9 +116,9 @@ def _parted(documents: list[Sequence[int]], share: float) -> tuple[list[Sequence
     return documents[cut:], documents[:cut]
 
 
-def _embedded(recipe: SettledPretraining, tokenizer: Tokenizer) -> list[Sequence[int]]:
-    """The built-in corpus: as much as the run reads, up to MOST_TOKENS."""
-    wanted = min(MOST_TOKENS, round(1.02 * recipe.max_steps * recipe.tokens_per_batch))
+def _embedded(recipe: SettledPretraining, tokenizer: Tokenizer, processes: int) -> list[Sequence[int]]:
+    """The built-in corpus: as much as all processes of the run read, up to MOST_TOKENS."""
+    wanted = min(MOST_TOKENS, round(1.02 * recipe.max_steps * recipe.tokens_per_batch * processes))
     documents: list[Sequence[int]] = []
     seen = 0
     stream = corpus.documents(recipe.seed, wanted)

@@ -207,6 +207,7 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> None:
     with changing(job.folder):
         family = read_family(job.folder)
         family.free_name(job.recipe.member, folder=job.recipe.family)
+        _refuse_others(job, family)
         own = own_module_name(job.recipe.member, family.modules)
         path = new_module_folder(job.folder, family, own)
         with atomic_directory(job.folder / path) as partial:
@@ -225,6 +226,17 @@ def _publish(job: Job, history: tuple[Mapping[str, Any], ...]) -> None:
         }
         member = Member(job.recipe.member, row, job.recipe.sharing, digests, facts, losses)
         write_family(job.folder, family.with_member(member))
+
+
+def _refuse_others(job: Job, family: Family) -> None:
+    """Refuse to publish a member beside frozen modules that are not those it was tuned with."""
+    for name in [name for name in job.row.modules if name != job.own]:
+        digest = job.family.module(name).digest
+        if name not in family.modules or family.module(name).digest != digest:
+            raise Refused(
+                f"module {name!r} is no longer what this member was tuned with (digest {digest[:12]}): put that back "
+                "and run this again, which goes on where it ended; or begin anew with --resume-from-checkpoint false"
+            )
 
 
 def _save_own(job: Job, target: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_ceiling_takes_off_prompt_tokens_and_nothing_else() -> None:
 def point(seconds: list[float], *, why_not: str = "") -> dict[str, Any]:
     told = {"why_not": why_not} if why_not else {"value": 1.0}
     return {
-        "summary": {"session": {"p95": told}},
+        "summary": {"queue": {"grows": bool(why_not)}, "session": {"p50": {"value": 1.0}, "p95": told}},
         "spans": {str(n): (n * 10.0, n * 10.0 + each) for n, each in enumerate(seconds)},
     }
 
@@ -95,6 +95,7 @@ def test_there_is_no_ratio_where_either_has_no_percentile() -> None:
     grown = point([4.0] * 240, why_not="the queue grows")
     assert latency_ratio(grown, point([2.0] * 240), 95).why_not == "the queue grows"
     assert latency_ratio(point([2.0] * 240), grown, 95).why_not == "the queue grows"
+    assert latency_ratio(point([2.0] * 240), grown, 50).why_not == "the queue grows"
 
 
 def test_papers_are_named_only_in_their_own_setting() -> None:

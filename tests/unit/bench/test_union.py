@@ -1,4 +1,4 @@
-"""One model for all tasks: it is tuned on all and judged on each, its rate is chosen once, the page sets it beside others."""
+"""One model for all tasks: tuned on all, judged on each, its rate chosen once; the page sets it beside others."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -107,7 +107,13 @@ def test_what_cannot_be_planned_is_told(heliostat: Heliostat, tmp_path: Path) ->
     assert "price is -1.0" in poor.stderr
     large = heliostat("plan", "--logs", path, "--gpu", "l40s-48", "--model", "70b", status=2)
     assert "takes 141 GB" in large.stderr
-    assert "give --gpu, or --costs" in heliostat("plan", "--logs", path, "--price", 1, status=2).stderr
+    for option in ("--price", "--ttft", "--stretch"):
+        alone = heliostat("plan", "--logs", path, option, 9, status=2)
+        assert f"{option} says nothing without a machine: give --gpu, or --costs" in alone.stderr
+    other = tmp_path / "llama.json"
+    other.write_text("{}", encoding="utf-8")
+    strange = heliostat("plan", "--logs", path, "--gpu", "l40s-48", "--model", other, status=2)
+    assert "give a config.json" in strange.stderr
     without = log(tmp_path, [{"time": n, "member": "a", "prompt_tokens": 9} for n in range(3)])
     assert (
         "how long answers were" in heliostat("plan", "--logs", without, "--gpu", "l40s-48", status=2).stderr

@@ -120,6 +120,34 @@ def test_nobody_is_overtaken_more_often_than_allowed():
     assert len(order) == OVERTAKEN + 1 and order[-1] == "b" and waits.overtaken == OVERTAKEN
 
 
+def test_who_goes_first_but_does_not_fit_keeps_nobody_waiting():
+    s = scheduler(pages=8, running=3)
+    tokens = list(range(1000, 1017))
+    conversation(s, "a", tokens)
+    step(s)
+    added(s, "b", 9, max_tokens=8)
+    assert step(s)[0][0] == "b"
+    small, large = added(s, "c", 5, max_tokens=1), conversation(s, "d", [*tokens, *range(2000, 2012)])
+    assert [chunk[0] for chunk in step(s)] == ["b", "c"], "d finds four pages and has no room for four more"
+    assert small.answer and large.state is State.WAITING and large.overtaken == 0
+
+
+def test_who_was_preempted_goes_on_before_those_whose_pages_are_there():
+    s = scheduler(pages=6, running=2)
+    tokens = list(range(1000, 1009))
+    conversation(s, "a", tokens)
+    step(s)
+    for name in "bc":
+        added(s, name, 8, max_tokens=9)
+    while not (lost := [r for r in s.waiting if r.preemptions]):
+        step(s)
+    conversation(s, "d", [*tokens, 1])
+    order = []
+    while lost[0].state is State.WAITING:
+        order += [chunk[0] for chunk in step(s)]
+    assert "d" not in order
+
+
 def test_an_answer_ends_at_an_end_token():
     s = scheduler()
     r = added(s, "a", 5)

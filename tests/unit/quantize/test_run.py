@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from heliostat.build import (
+    RUNS,
+    init_family,
     load_modules,
     module_folder,
     read_family,
@@ -32,6 +35,10 @@ from heliostat.quantize import run
 from heliostat.quantize.fit import Effort
 from heliostat.quantize.run import QUANTIZING, Quantized, Wish, quantize, remove_module
 from heliostat.survey import survey
+from heliostat.train.recipe import Recipe
+from heliostat.train.tune import tune
+from heliostat.train.watch import Silent
+from tests.conftest import write_checkpoint
 
 QUICK: dict[str, Any] = {"tokens": 400, "tuning_steps": 2, "effort": Effort(rounds=1, beam=1, steps=4)}
 
@@ -337,6 +344,59 @@ def test_it_stays_when_its_members_go_and_goes_when_nobody_uses_it(tuned_family:
     folder = module_folder(tuned_family, read_family(tuned_family).module("low"))
     remove_module(tuned_family, "low")
     assert "low" not in read_family(tuned_family).modules and not folder.exists()
+
+
+def test_it_stays_while_a_run_tunes_through_it(low_family_made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(low_family_made, tmp_path / "fam"))
+    begun = folder / RUNS / "mathq"
+    begun.mkdir(parents=True)
+    (begun / "recipe.yaml").write_text("speaker: low\n", encoding="utf-8")
+    with pytest.raises(Refused, match=r"runs/mathq tunes through"):
+        remove_module(folder, "low")
+    (begun / "recipe.yaml").write_text("speaker: base\n", encoding="utf-8")
+    remove_module(folder, "low")
+    with pytest.raises(Refused, match="stands on"):
+        remove_module(folder, "base")
+
+
+def test_a_run_is_not_published_beside_another_module_than_it_was_tuned_with(
+    low_family_made: Path, calibration: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(low_family_made, tmp_path / "fam"))
+    again = {"family": str(folder), "name": "low", "format": "m2v8g32", "data": str(calibration), **QUICK}
+
+    def another(job: Any) -> Any:
+        family = read_family(folder)
+        shutil.rmtree(module_folder(folder, family.module("low")))
+        write_family(folder, family.without_module("low"))
+        quantize(Wish(**again))
+        return nullcontext(Silent())
+
+    recipe = Recipe(
+        family=str(folder), member="mathq", sharing="sun", speaker="low", data=[str(tiny_data)], max_steps=1
+    )
+    with pytest.raises(Refused, match="module 'low' is no longer what this member was tuned with"):
+        tune(recipe, watching=another)
+    assert "mathq" not in read_family(folder).members
+
+
+def test_a_base_with_numbers_for_each_head_is_quantized_without_them(
+    tmp_path: Path, calibration: Path
+) -> None:
+    kind = {"model_type": "heliostat_llama", "attention": {"kind": "affine+gated"}}
+    base = write_checkpoint(tmp_path / "base", **kind)
+    init_family(tmp_path / "fam", base)
+    made = quantize(
+        Wish(family=str(tmp_path / "fam"), name="low", format="m1v4g32", data=str(calibration), **QUICK)
+    )
+    assert made.linear_bytes[0] > made.linear_bytes[1]
+    model = load_modules(tmp_path / "fam", read_family(tmp_path / "fam"), ["low"], dtype=torch.bfloat16)[
+        "low"
+    ]
+    names = {path.rpartition(".")[2] for path in coded_linears(model.model)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    low = LLM(tmp_path / "fam", members=["low"], dtype="float32", cache_mib=4)
+    assert low.generate("add 1 and 2", member="low", max_tokens=4)[0].ids
 
 
 def test_verify_member_takes_what_has_no_digests(tuned_family: Path) -> None:

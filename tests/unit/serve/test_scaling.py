@@ -31,6 +31,13 @@ def test_the_slower_of_reading_and_moving_decides() -> None:
     assert scaling.wanted(2.0)["prefill"] == 4
 
 
+def test_what_is_found_need_not_run_but_travels() -> None:
+    scaling = Scaling(Velocity(prefill=1000.0, decode=100.0, network=1000.0), headroom=1.0, hits=0.9)
+    scaling.note(0.0, prompt=0, answer=0)
+    scaling.note(2.0, prompt=8000, answer=0)
+    assert scaling.wanted(2.0)["prefill"] == 4
+
+
 def test_a_burst_shows_at_once_and_goes_slowly() -> None:
     scaling = Scaling(FAST, headroom=1.0)
     said, wanted = 0.0, []

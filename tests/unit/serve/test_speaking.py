@@ -74,6 +74,8 @@ def test_ids_are_all_that_was_chosen_and_each_can_be_told_at_once() -> None:
     assert nothing is None and told.ids == (7, 8) and last.ids == (END,)
     every, each = heard(*pieces, every=True)
     assert [told.ids for told in each] == [(7,), (8,), (END,)] and [told.first for told in each] == [1, 0, 0]
+    # What belongs to a text is told with it: only then its place in the answer is known.
+    assert [[token.token for token in told.tokens] for told in each] == [[], [7, 8], []]
     assert voice.whole.ids == every.whole.ids == (7, 8, END) and voice.whole.text == every.whole.text == "ü"
 
 

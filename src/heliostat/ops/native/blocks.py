@@ -192,6 +192,10 @@ class Blocks:
     ) -> None:
         """``weights``: for each layer a tensor or None for each of PARTS, all of one dtype, contiguous, on the CPU."""
         self._weights, first = weights, weights[0]  # held, so that the addresses stay good
+        averages = [own["average"] for own in weights]
+        assert all(one is None or one.dtype == torch.float32 for one in averages), (
+            "averages of alpha are float32"
+        )
         at = [[None if (part := own[name]) is None else part.data_ptr() for name in PARTS] for own in weights]
         self._at = (_Weights * len(weights))(*(_Weights(*own) for own in at))
         qkv, o, down = first["qkv"], first["o"], first["down"]
