@@ -84,15 +84,11 @@ def measure(folder: Path, *, steps: int, workers: int, console: Console, **items
 
 
 def _trial(rate: float, seed: int, steps: int, items: Mapping[str, int]) -> Trial:
-    return Trial(
-        task=next(iter(TASKS)),
-        sharing=FULL.sharing,
-        tuner=FULL.tuner,
-        learning_rate=rate,
-        seed=seed,
-        steps=steps,
-        **items,
+    first = next(iter(TASKS))
+    found = Trial(
+        task=first, sharing=FULL.sharing, tuner=FULL.tuner, learning_rate=rate, seed=seed, steps=steps
     )
+    return replace(found, **items)
 
 
 def _run_all(folder: Path, trials: Sequence[Trial], workers: int, console: Console) -> None:

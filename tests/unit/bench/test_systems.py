@@ -16,10 +16,10 @@ def test_a_system_is_its_sharing_with_a_module_for_each_member(name: str) -> Non
 
 
 def test_whole_models_run_on_their_own_weights_and_adapters_on_the_base() -> None:
-    assert SYSTEMS["independent"].case(["m1"]).weights == {"m1.whole": "m1.whole"}
+    assert SYSTEMS["independent"].case(["m1"]).weights == {}
     assert SYSTEMS["multilora"].case(["m1"]).weights == {"m1.all": "base"}
-    assert SYSTEMS["icarus"].case(["m1"]).weights == {"base": "base", "m1.query_side": "base"}
-    assert SYSTEMS["prefillshare"].case(["m1"]).weights == {"base": "base", "m1.whole": "m1.whole"}
+    assert SYSTEMS["icarus"].case(["m1"]).weights == {"m1.query_side": "base"}
+    assert SYSTEMS["prefillshare"].case(["m1"]).weights == {}
 
 
 def test_every_sharing_has_a_system() -> None:

@@ -36,6 +36,7 @@ from heliostat.quantize.fit import Effort
 from heliostat.quantize.run import QUANTIZING, Quantized, Wish, quantize, remove_module
 from heliostat.survey import survey
 from heliostat.train.recipe import Recipe
+from heliostat.train.spellings import make_recipe
 from heliostat.train.tune import tune
 from heliostat.train.watch import Silent
 from tests.conftest import write_checkpoint
@@ -338,7 +339,7 @@ def test_it_stays_when_its_members_go_and_goes_when_nobody_uses_it(tuned_family:
     with pytest.raises(Refused, match="is used by mathq, codeq, planq"):
         remove_module(tuned_family, "low")
     with pytest.raises(Refused, match="not a quantized module"):
-        remove_module(tuned_family, "base")
+        remove_module(tuned_family, "plain.own")
     for member in ("mathq", "codeq", "planq"):
         assert remove_member(tuned_family, member) == [f"modules/{member}.own"]
     folder = module_folder(tuned_family, read_family(tuned_family).module("low"))
@@ -363,7 +364,13 @@ def test_a_run_is_not_published_beside_another_module_than_it_was_tuned_with(
     low_family_made: Path, calibration: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(low_family_made, tmp_path / "fam"))
-    again = {"family": str(folder), "name": "low", "format": "m2v8g32", "data": str(calibration), **QUICK}
+    again: dict[str, Any] = {
+        "family": str(folder),
+        "name": "low",
+        "format": "m2v8g32",
+        "data": str(calibration),
+        **QUICK,
+    }
 
     def another(job: Any) -> Any:
         family = read_family(folder)
@@ -372,9 +379,8 @@ def test_a_run_is_not_published_beside_another_module_than_it_was_tuned_with(
         quantize(Wish(**again))
         return nullcontext(Silent())
 
-    recipe = Recipe(
-        family=str(folder), member="mathq", sharing="sun", speaker="low", data=[str(tiny_data)], max_steps=1
-    )
+    who = {"family": str(folder), "member": "mathq", "sharing": "sun", "data": str(tiny_data)}
+    recipe = make_recipe(Recipe, {**who, "speaker": "low", "max_steps": 1})
     with pytest.raises(Refused, match="module 'low' is no longer what this member was tuned with"):
         tune(recipe, watching=another)
     assert "mathq" not in read_family(folder).members
@@ -383,7 +389,7 @@ def test_a_run_is_not_published_beside_another_module_than_it_was_tuned_with(
 def test_a_base_with_numbers_for_each_head_is_quantized_without_them(
     tmp_path: Path, calibration: Path
 ) -> None:
-    kind = {"model_type": "heliostat_llama", "attention": {"kind": "affine+gated"}}
+    kind: dict[str, Any] = {"model_type": "heliostat_llama", "attention": {"kind": "affine+gated"}}
     base = write_checkpoint(tmp_path / "base", **kind)
     init_family(tmp_path / "fam", base)
     made = quantize(
