@@ -84,11 +84,8 @@ def measure(folder: Path, *, steps: int, workers: int, console: Console, **items
 
 
 def _trial(rate: float, seed: int, steps: int, items: Mapping[str, int]) -> Trial:
-    first = next(iter(TASKS))
-    found = Trial(
-        task=first, sharing=FULL.sharing, tuner=FULL.tuner, learning_rate=rate, seed=seed, steps=steps
-    )
-    return replace(found, **items)
+    facts: dict[str, Any] = {"task": next(iter(TASKS)), "sharing": FULL.sharing, "tuner": FULL.tuner, **items}
+    return Trial(learning_rate=rate, seed=seed, steps=steps, **facts)
 
 
 def _run_all(folder: Path, trials: Sequence[Trial], workers: int, console: Console) -> None:
