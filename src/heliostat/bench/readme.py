@@ -127,6 +127,15 @@ def _workflow(system: str, members: Sequence[int]) -> dict[str, Figure]:
     return found
 
 
+def _saved() -> dict[str, Figure]:
+    """Decode workers of separate models over those of one speaker, and of the whole service, by load; at equal limits."""
+    found = {}
+    for name, load in (("half", "0.5"), ("full", "1.0"), ("twice", "2.0")):
+        ours, theirs = (f"rows/load={load}&sharing={sharing}" for sharing in ("sun", "independent"))
+        found[name] = Figure(f"{theirs}/decode", f"{ours}/decode")
+    return found
+
+
 LINES: Sequence[Line] = (
     Line("the engine beside transformers' `generate`, 100M", SPEED, "engine", beside("transformers")),
     Line("the engine beside vLLM on CPU, 100M", SPEED, "engine", beside("vllm")),
@@ -137,6 +146,13 @@ LINES: Sequence[Line] = (
         "{four4_multilora}); 8 members: {eight1_sun}, {eight4_sun} ({eight1_multilora}, {eight4_multilora})",
         "decode-members",
         _members(),
+    ),
+    Line(
+        "SUN beside 4 separate models at equal limits, 24M, simulated",
+        "{half}, {full}, {twice} fewer decode workers at 0.5, 1.0 and 2.0 times what one worker for each member and role "
+        "carries",
+        "workers",
+        _saved(),
     ),
     Line(
         "PrefillShare beside 4 separate models, Reflexion, same cores and pages, 24M",
