@@ -100,6 +100,11 @@ def told(run: Run) -> dict[str, float | None]:
     return numbers
 
 
+def _times(reckoned: float | None, real: float | None) -> float | None:
+    """How many times the one is the other; None where either is missing or there is nothing to divide by."""
+    return reckoned / real if real and reckoned is not None else None
+
+
 def point(
     case: Case, modules: Mapping[str, Loaded], costs: Fitted, load: Load, share: float, most: float
 ) -> dict[str, Any]:
@@ -109,10 +114,7 @@ def point(
         at = replace(at, sessions=at.sessions // 2)
     asked = respelled(sessions(at), f"{case.name}/{share}")
     real, reckoned = told(measured(case, modules, asked)), told(simulated(case, costs, asked))
-    ratios = {
-        name: None if real[name] in (None, 0.0) or reckoned[name] is None else reckoned[name] / real[name]  # type: ignore[operator]
-        for name in SAID
-    }
+    ratios = {name: _times(reckoned[name], real[name]) for name in SAID}
     return {
         "sharing": case.name,
         "load": share,

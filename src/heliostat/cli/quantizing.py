@@ -43,8 +43,16 @@ def quantize(
     """All Linears of the blocks; embedding, head and norms stay. Interrupted or killed, the same command goes on."""
     from heliostat.quantize.run import Wish, quantize
 
-    options = {"module": module, "tokens": tokens, "tuning_steps": tuning_steps, "seed": seed}
-    wish = Wish(family=str(family), name=name, format=format, data=str(data), **options)  # type: ignore[arg-type]
+    wish = Wish(
+        family=str(family),
+        name=name,
+        format=format,
+        data=str(data),
+        module=module,
+        tokens=tokens,
+        tuning_steps=tuning_steps,
+        seed=seed,
+    )
     with _Bar(f"{name}: {format}", as_json=as_json) as bar:
         try:
             made = quantize(wish, tell=bar.tell, echo=note)
