@@ -19,6 +19,7 @@ from heliostat.bench.birth import certificate
 from heliostat.bench.methods import RANK, TUNED, WIDE, Method
 from heliostat.bench.results import SEEDS, STEPS, choose_and_repeat, method_rows, search
 from heliostat.bench.trial import kept_at
+from heliostat.errors import Refused
 from heliostat.files import atomic_write_text
 from heliostat.plot import bars, lines
 from heliostat.tasks import TASKS
@@ -145,6 +146,23 @@ def write(folder: Path, tables: Mapping[str, Any], birth: Mapping[str, Any]) -> 
     return folder / "tuners.md"
 
 
+def chosen_methods(names: str | None) -> Sequence[Method]:
+    """The methods of these names, by semicolon; None: all.
+
+    Raises:
+        Refused: a name is not known, or what one is compared with is not among them.
+    """
+    if names is None:
+        return TUNED
+    wanted, known = names.split(";"), {method.name: method for method in TUNED}
+    for name in wanted:
+        if name not in known:
+            raise Refused(f"no method is called {name!r}: " + "; ".join(known))
+        if known[name].against not in wanted:
+            raise Refused(f"{name!r} is compared with {known[name].against!r}: name that, too")
+    return [known[name] for name in wanted]
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -160,9 +178,20 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help="where not the table's own number")
     wish = vars(parser.parse_args(given))
     out, docs, tasks, names = wish.pop("out"), wish.pop("docs"), wish.pop("tasks"), wish.pop("methods")
-    methods = [m for m in TUNED if names is None or m.name in names.split(";")]
-    command = f"python -m heliostat.bench.tuners --tasks {tasks} --steps {wish['steps']}"
+    try:
+        methods = chosen_methods(names)
+    except Refused as problem:
+        parser.error(str(problem))
     wish = {name: value for name, value in wish.items() if value is not None}
+    told = {"tasks": tasks, "methods": names and f'"{names}"', **wish}
+    command = " ".join(
+        ["python -m heliostat.bench.tuners"]
+        + [
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in told.items()
+            if value and name != "workers"
+        ]
+    )
     console = Console(stderr=True)
     tables = measure(out, tasks.split(","), methods=methods, console=console, **wish)
     print(write(docs, tables, certificate(command, seeds=list(SEEDS), steps=wish["steps"])))

@@ -13,6 +13,7 @@ from rich.console import Console
 from heliostat.bench import results, tuners
 from heliostat.bench.methods import METHODS, TUNED
 from heliostat.bench.trial import Trial, kept_at, recipe_of
+from heliostat.errors import Refused
 from heliostat.files import atomic_write_text
 
 LITTLE = [m for m in TUNED if m.name == "LoRA"]
@@ -110,3 +111,11 @@ def test_steps_to_a_loss_are_the_first_from_which_the_mean_is_there() -> None:
     assert tuners.final_loss(history) == pytest.approx(2.4)
     assert tuners.steps_to(history, 3.2) == 70
     assert tuners.steps_to(history, 0.1) is None
+
+
+def test_methods_are_asked_for_by_name_with_what_they_are_compared_with() -> None:
+    assert [m.name for m in tuners.chosen_methods("LoRA;PaCA")] == ["LoRA", "PaCA"]
+    with pytest.raises(Refused, match="no method is called 'Lora'"):
+        tuners.chosen_methods("Lora")
+    with pytest.raises(Refused, match="compared with 'LoRA'"):
+        tuners.chosen_methods("PaCA")
