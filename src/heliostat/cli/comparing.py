@@ -38,6 +38,8 @@ Popularities = Annotated[
     str, typer.Option(help="uniform, zipf:S, of several members; those after the first are swept.")
 ]
 Seed = Annotated[int, typer.Option(help="Of sessions and weights.")]
+POPULARITIES, RUNNING = "uniform,zipf:1.2", "1,2,3,4"
+"""What `bench decode` measures by itself; a quick run takes the first of each."""
 Quick = Annotated[bool, typer.Option("--quick", help="A minute, no 95th percentiles.")]
 Out = Annotated[
     Path | None,
@@ -149,8 +151,8 @@ def _of(kind: type[Any], typed: Mapping[str, Any]) -> dict[str, Any]:
 def decode(
     members: Members = "4",
     compare: Compare = "independent,multilora,sun",
-    popularity: Annotated[str, typer.Option(help="uniform, zipf:S, or several.")] = "uniform,zipf:1.2",
-    running: Annotated[str, typer.Option(help="Requests a member, on average.")] = "1,2,3,4",
+    popularity: Annotated[str, typer.Option(help="uniform, zipf:S, or several.")] = POPULARITIES,
+    running: Annotated[str, typer.Option(help="Requests a member, on average.")] = RUNNING,
     shape: Shape = "100M",
     rounds: Annotated[int, typer.Option(help="Made in turns; 5 for a ratio.")] = 5,
     seed: Seed = 0,
@@ -174,6 +176,12 @@ def decode(
     names = [name.strip() for name in popularity.split(",")]
     for name in names:
         popularity_named(name)
+    listed = {"members": members, "popularity": popularity, "running": running}
+    for option, text in listed.items():
+        if quick_run and "," in text and text not in (POPULARITIES, RUNNING):
+            raise Refused(
+                f"--quick measures one case, and {option} is {text!r}: give one value, or leave --quick out"
+            )
     if rounds < 1:
         raise Refused(f"rounds is {rounds}; it must be at least 1")
     folder = out or Path("out/bench/decode-members")

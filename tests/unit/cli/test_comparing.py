@@ -33,6 +33,7 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "in
         ("decode --running 0", "running is 0"),
         ("decode --shape 7B", "no shape '7B'"),
         ("decode --rounds 0", "rounds is 0"),
+        ("decode --quick --members 4,8", "members is '4,8'"),
         ("decode --popularity zipf", "popularity is 'zipf'"),
     ],
 )
