@@ -32,8 +32,8 @@ SPIKE = 6.0
 LAST = 20
 """Steps at the end of a run whose mean is its training loss."""
 TIMES: Mapping[str, Sequence[str]] = {
-    "training 1M": ("heliostat.bench.attention_time", "1M"),
-    "training 25M": ("heliostat.bench.attention_time", "25M"),
+    "training 1M": ("heliostat.bench.attention_time", "1M", "--repeats", "61"),
+    "training 25M": ("heliostat.bench.attention_time", "25M", "--repeats", "15"),
     "decode 24M": ("heliostat.bench.decode_kinds", "24M"),
     "decode 100M": ("heliostat.bench.decode_kinds", "100M"),
 }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from heliostat.ops import mixing_taped
 from heliostat.ops.attention import attention
 from heliostat.ops.mixing import NOTHING, Mix, Prefix, masked_sums
 
@@ -28,6 +29,8 @@ class Causal:
         said = attention(q, k, v, causal=True, sinks=mix.sinks)
         if mix.alpha is None:
             return mix.finish(said)
+        if mixing_taped.serves(said, v, mix):
+            return mixing_taped.finish(said, v, mix, None)
         if self._prefix is None:
             self._prefix = Prefix(q.shape[1], device=q.device)
         return mix.finish(said, self._prefix(v), self._prefix.seen)
@@ -59,6 +62,8 @@ class Masked:
             return mix.finish(said)
         if self._documents is None:
             return mix.finish(said, *masked_sums(self.mask, v))
+        if mixing_taped.serves(said, v, mix):
+            return mixing_taped.finish(said, v, mix, self._documents)
         if self._prefix is None:
             self._prefix = Prefix(q.shape[1], self._documents)
         return mix.finish(said, self._prefix(v), self._prefix.seen)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 ALIGNED = 8
@@ -28,7 +31,8 @@ def attention(
         # torch's fused kernel on a CPU (2.13, avx512_bf16) is slower in bfloat16 than in float32: a little in long
         # forwards, 3-5 times in backwards and in decode steps of few queries. Copying to float32 costs less.
         with torch.autocast("cpu", enabled=False):
-            return _with_sinks(q.float(), k.float(), v.float(), mask, causal, sinks).to(dtype)
+            run = _with_sinks if sinks is None or torch.compiler.is_compiling() else _with_summed_sinks
+            return run(q.float(), k.float(), v.float(), mask, causal, sinks).to(dtype)
     return _with_sinks(q, k.to(dtype), v.to(dtype), mask, causal, sinks)
 
 
@@ -50,6 +54,51 @@ def _with_sinks(
         q = pad(q, (0, 0, 0, 0, 1, 0))
     out = _fused(q, k, v, mask, causal, scale)
     return out[:, int(causal) :, :, :width]
+
+
+def _with_summed_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sinks: Tensor
+) -> Tensor:
+    """The same by the sum that the CPU's fused kernel hands out beside what it says: nothing is padded."""
+    if mask is not None:
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf).expand(shape)
+    heads = (each.transpose(1, 2) for each in (q, k, v))
+    return _Sunk.apply(*heads, mask, causal, sinks.float()).transpose(1, 2)
+
+
+class _Sunk(torch.autograd.Function):
+    """q [B, H, T, D], k and v [B, K, S, D] float32, ``mask`` [B, H, T, S] to be added.
+
+    A key without a value only makes the softmax's sum larger: what was said shrinks by as much, and the kernel's own
+    backward pass, given the larger sum and the smaller output, finds the gradients of all others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sinks: Tensor
+    ) -> Tensor:
+        options = {"attn_mask": mask, "scale": q.shape[-1] ** -0.5}
+        said, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, **options
+        )
+        larger = torch.logaddexp(logs, sinks[:, None])
+        said = said * (logs - larger).exp()[..., None]
+        ctx.causal = causal
+        ctx.save_for_backward(q, k, v, mask, sinks, said, larger)
+        return said
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, sinks, said, larger = ctx.saved_tensors
+        options = {"attn_mask": mask, "scale": q.shape[-1] ** -0.5}
+        slopes = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            slope, q, k, v, said, larger, 0.0, ctx.causal, **options
+        )
+        share = (sinks[:, None] - larger).exp()
+        to_sinks = -(share * (slope * said).sum(-1)).sum((0, 2))
+        return *slopes, None, None, to_sinks
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -1,11 +1,13 @@
 """Fast attention against its plain twin: any shape, any grouping, any mask."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heliostat.ops.attention import attention, plain_attention
+from heliostat.ops.attention import _with_sinks, _with_summed_sinks, attention, plain_attention
 
 SIZES = st.tuples(
     st.integers(1, 3),  # B
@@ -64,3 +66,35 @@ def test_bfloat16_queries_read_float32_keys(tape: bool) -> None:
         out = attention(q, k, v)
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.float(), plain_attention(q.float(), k, v), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("way", [_with_sinks, _with_summed_sinks])
+@pytest.mark.parametrize("causal", [True, False])
+@given(SIZES, st.integers(0, 2**16))
+@settings(max_examples=20, deadline=None)
+def test_both_ways_of_a_sink_are_plain_with_their_gradients(
+    way: Callable[..., torch.Tensor], causal: bool, sizes: tuple, seed: int
+) -> None:
+    batch, queries, keys, (heads, groups), width = sizes
+    keys = queries if causal else keys
+    shapes = [
+        (batch, queries, heads, width),
+        (batch, keys, groups, width),
+        (batch, keys, groups, width),
+        (heads,),
+    ]
+    mask = None
+    if not causal:
+        mask = some((batch, 1, queries, keys), seed + 4) > 0
+        mask[..., 0] |= ~mask.any(-1)
+    found = []
+    for fast in (True, False):
+        q, k, v, sinks = (some(shape, seed + n).requires_grad_() for n, shape in enumerate(shapes))
+        if fast:
+            out = way(q, k, v, mask, causal, sinks)
+        else:
+            out = plain_attention(q, k, v, mask, causal=causal, sinks=sinks)
+        out.square().sum().backward()
+        found.append([out.detach(), q.grad, k.grad, v.grad, sinks.grad])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -1,6 +1,9 @@
 """Scaled and gated attention, and prefix sums, against a direct dense computation in float64: packed, padded, gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heliostat.model.seam import Causal, Masked, Reading
+from heliostat.ops import mixing_taped, native
 from heliostat.ops.mixing import Mix, Prefix
 
 HEADS, GROUPS, WIDTH = 4, 2, 4
@@ -48,21 +52,41 @@ def mix_of(kind: str, batch: int, length: int) -> Mix:
     }[kind]
 
 
+def without_kernels() -> AbstractContextManager[Any]:
+    """The twin of the compiled mixing runs."""
+    return patch.object(mixing_taped, "serves", lambda *_: False)
+
+
 KINDS = ["affine", "fixed", "constant", "affine+gated", "gated", "sink"]
 
 
-def both(seam: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor, mix: Mix) -> None:
-    """Outputs and all gradients of a body of the seam are those of the dense computation in float64."""
+def both(
+    seam: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    mix: Mix,
+    held: Sequence[str] = ("average",),
+) -> None:
+    """Outputs and all gradients of a body of the seam are those of the dense computation in float64; but of ``held``.
+
+    Its twin's, too, which learns about all.
+    """
+    if held:
+        with without_kernels():
+            both(seam, q, k, v, mask, mix, held=())
     fields = ("alpha", "average", "gate", "sinks")
     leaves = {"q": q, "k": k, "v": v} | {f: own for f in fields if (own := getattr(mix, f)) is not None}
     found = []
     for dtype in (torch.float32, torch.float64):
-        own = {n: t.to(dtype).clone().requires_grad_() for n, t in leaves.items()}
+        own = {n: t.to(dtype).clone().requires_grad_(n not in held) for n, t in leaves.items()}
         mixed = Mix(length=mix.length, **{f: own[f] for f in fields if f in own})
         args = (own["q"], own["k"], own["v"])
         out = seam(0, *args, mixed) if dtype is torch.float32 else dense(*args, mask, mixed)
         (out * some(*out.shape, seed=9).to(dtype)).sum().backward()
-        found.append((out.detach().double(), {n: t.grad.double() for n, t in own.items()}))
+        slopes = {n: t.grad.double() for n, t in own.items() if n not in held}
+        found.append((out.detach().double(), slopes))
     (got, slopes), (want, wanted) = found
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for name, slope in wanted.items():
@@ -164,3 +188,68 @@ def test_prefix_sums_under_autocast_stay_float32() -> None:
         got = Prefix(40)(v)
     assert got.dtype is torch.float32
     torch.testing.assert_close(got, v.double().cumsum(1).float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not native.built(), reason="no compiled kernels here")
+@pytest.mark.parametrize("kind", ["affine", "fixed", "constant", "affine+gated"])
+@pytest.mark.parametrize("formats", ["float32", "bfloat16", "float32 bfloat16"])
+@given(packed(), st.sampled_from([(1, 1), (4, 2), (6, 2), (3, 3)]), st.sampled_from([2, 16, 24, 40]))
+@settings(max_examples=8, deadline=None)
+def test_compiled_mixing_is_its_twin(
+    kind: str, formats: str, numbers: Tensor, heads: tuple[int, int], width: int
+) -> None:
+    """Forwards and backwards, whatever the heads and their width; the same bits for any number of threads.
+
+    ``formats``: of what attention said, and of values where theirs is another, as under autocast.
+    """
+    count, groups = heads
+    dtype, narrow = (getattr(torch, (formats.split() * 2)[place]) for place in (0, 1))
+    shape = (*numbers.shape, count)
+    alpha = torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+    if kind == "constant":
+        alpha = torch.full((count,), 0.5)
+    leaves = [
+        some(*shape, width, seed=2).to(dtype),
+        some(*numbers.shape, groups, width, seed=3).to(dtype),
+        alpha,
+    ]
+    if kind == "affine+gated":
+        leaves.append(some(*shape, seed=4).to(dtype))
+    slope = some(*shape, width, seed=5).to(dtype)
+
+    def run(finish: Callable[[Tensor, Tensor, Mix], Tensor]) -> list[Tensor]:
+        own = [leaf.clone().requires_grad_() for leaf in leaves]
+        gate = own[3] if len(own) > 3 else None
+        mix = Mix(own[2], torch.linspace(0.2, 0.9, count), 64 if kind == "fixed" else None, gate)
+        out = finish(own[0], own[1], mix)
+        out.backward(slope)
+        return [out.detach(), *(leaf.grad for leaf in own if leaf.grad is not None)]
+
+    prefix = Prefix(numbers.shape[1], numbers)
+    plain = run(lambda said, v, mix: mix.finish(said, prefix(v), prefix.seen))
+    found = run(lambda said, v, mix: mixing_taped.finish(said, v, mix, numbers))
+    rough = {"rtol": 2e-2, "atol": 2e-2} if narrow is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for got, want in zip(found, plain, strict=True):
+        assert got.dtype is want.dtype
+        torch.testing.assert_close(got, want, **rough)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        again = run(lambda said, v, mix: mixing_taped.finish(said, v, mix, numbers))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.skipif(not native.built(), reason="no compiled kernels here")
+@given(packed(), st.integers(0, 2**16))
+@settings(max_examples=20, deadline=None)
+def test_compiled_sums_leak_no_bit_of_another_document_or_of_the_future(numbers: Tensor, seed: int) -> None:
+    length = numbers.shape[1]
+    place = seed % length
+    said, v = some(2, length, HEADS, WIDTH, seed=seed), some(2, length, GROUPS, WIDTH, seed=seed + 1)
+    mix = mix_of("affine", 2, length)
+    before = mixing_taped.finish(said, v, mix, numbers)[:, place]
+    seen = (numbers == numbers[:, place : place + 1]) & (torch.arange(length) <= place)
+    changed = torch.where(seen[..., None, None], v, v * 1e6 + 7)
+    assert torch.equal(mixing_taped.finish(said, changed, mix, numbers)[:, place], before)

@@ -27,6 +27,8 @@ _ARGUMENTS = {
     "write_pages": [_POINTER] * 2 + [_COUNT] * 2 + [_POINTER] * 2 + [_COUNT] + [_POINTER] * 2 + [_COUNT],
     "attend": [_POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 4 + [_NUMBER, _POINTER],
     "blocks": [_POINTER],
+    "mix_forward": [_POINTER] * 4,
+    "mix_backward": [_POINTER] * 8,
     "best": [_POINTER, _COUNT, _COUNT, _POINTER, _POINTER],
 }
 
@@ -78,6 +80,11 @@ def built() -> bool:
 def ready(x: Tensor) -> bool:
     """Whether the kernels serve for tensors like this one, with no gradient wanted."""
     return x.dtype in _SUFFIX and x.device.type == "cpu" and not torch.is_grad_enabled() and built()
+
+
+def taped(x: Tensor) -> bool:
+    """Whether ``mix`` and ``mix_slopes`` serve for heads like these [B, T, H, D]; they know their own gradients."""
+    return x.dtype in _SUFFIX and x.device.type == "cpu" and x.shape[-1] <= WIDEST_HEAD and built()
 
 
 def attends(keys: Tensor) -> bool:
@@ -185,3 +192,61 @@ def best(logits: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.empty(logits.shape[0], dtype=torch.bool)
     _call("best", logits, _at(logits), *logits.shape, _at(tokens), _at(finite))
     return tokens, finite
+
+
+class Taped(ctypes.Structure):
+    """What mixing reads in both directions, as the kernels do."""
+
+    _fields_ = [
+        *((name, _COUNT) for name in ("batch", "length", "heads", "kv_heads", "width")),
+        ("alpha", _POINTER),
+        ("alpha_stride", _COUNT),
+        *((name, _POINTER) for name in ("average", "gates", "documents")),
+        ("fixed", _COUNT),
+    ]
+
+
+def mixing_rows(
+    shape: tuple[int, ...],
+    kv_heads: int,
+    alpha: Tensor,
+    average: Tensor,
+    gates: Tensor | None,
+    documents: Tensor | None,
+    fixed: int | None,
+) -> Taped:
+    """Heads of ``shape`` [B, T, H, D]; alpha [B, T, H] (rows alike or one behind the other), average [H] and gates [B, T, H]
+    float32, documents [B, T] int64. Good for as long as the tensors are.
+    """
+    batch, length, heads, width = shape
+    assert width <= WIDEST_HEAD, width  # the kernel's buffers end there
+    sizes = (batch, length, heads, kv_heads, width)
+    return Taped(*sizes, _at(alpha), alpha.stride(1), _at(average), _at(gates), _at(documents), fixed or 0)
+
+
+def mix(rows: Taped, said: Tensor, v: Tensor) -> Tensor:
+    """``said`` [B, T, H, D] with what v [B, T, K, D] adds to it; both contiguous, of one format."""
+    out = torch.empty_like(said)
+    _call("mix_forward", said, ctypes.byref(rows), _at(said), _at(v), _at(out))
+    return out
+
+
+def mix_slopes(
+    rows: Taped, said: Tensor, v: Tensor, slope: Tensor, *, gated: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients for said, v, alpha [B, T, H] and gates [B, T, H] (float32, both), from that of what ``mix`` made."""
+    to_said, to_v = torch.empty_like(said), torch.empty_like(v)
+    to_alpha = torch.empty(said.shape[:3])
+    to_gates = torch.empty(said.shape[:3]) if gated else None
+    given = (_at(said), _at(v), _at(slope))
+    _call(
+        "mix_backward",
+        said,
+        ctypes.byref(rows),
+        *given,
+        _at(to_said),
+        _at(to_v),
+        _at(to_alpha),
+        _at(to_gates),
+    )
+    return to_said, to_v, to_alpha, to_gates

@@ -1,11 +1,12 @@
 // CPU kernels of the serving path: products, norms, rotation, gating, writing to and attending over pages; one by one,
-// and all blocks of a transformer at once.
+// and all blocks of a transformer at once. And one of training, with its gradients: mixing_taped.h.
 //
 // Plain C interface over raw pointers (see __init__.py); each function has a twin in torch that tests hold it to.
 // T is float or bf16; sums are in float32. Every output element is computed by one thread in one order, so the
 // number of threads changes nothing. Needs AVX-512 with BF16; threads are those of torch's own OpenMP.
 
 #include "blocks.h"
+#include "mixing_taped.h"
 
 #define EXPORT(T, kind)                                                                                              \
   extern "C" void linear_##kind(const T* x, int64_t x_stride, const T* w, const T* bias, const T* residual, T* out,  \
@@ -38,6 +39,14 @@
   }                                                                                                                  \
   extern "C" void best_##kind(const T* x, int64_t rows, int64_t width, int64_t* place, bool* finite) {               \
     _Pragma("omp parallel if (rows * width > 32768)") best<T>(x, rows, width, place, finite);                        \
+  }                                                                                                                  \
+  extern "C" void mix_forward_##kind(const Taped* rows, const T* said, const T* v, T* out) {                          \
+    _Pragma("omp parallel") mix_forward<T>(*rows, said, v, out);                                                     \
+  }                                                                                                                  \
+  extern "C" void mix_backward_##kind(const Taped* rows, const T* said, const T* v, const T* slope, T* to_said,      \
+                                      T* to_v, float* to_alpha, float* to_gates) {                                   \
+    const MixSlopes<T> slopes{*rows, said, v, slope, to_said, to_v, to_alpha, to_gates};                             \
+    _Pragma("omp parallel") slopes.run();                                                                            \
   }                                                                                                                  \
   extern "C" void blocks_##kind(const Blocks<T>* blocks) { blocks->run(); }
 
