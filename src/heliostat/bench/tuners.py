@@ -120,7 +120,23 @@ def page(tables: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
         for name, row in table.items():
             parts.append(f"| {name} | {row['final_loss']:.4f} | {row['steps_to_equal_loss'] or 'never'} |")
         parts += ["", f"![right answers](tuners-{task}.svg) ![loss](tuners-loss-{task}.svg)", ""]
+        parts += ["Verdicts, from the table:", "", *verdicts(table), ""]
     return "\n".join(parts)
+
+
+def verdicts(table: Mapping[str, Any]) -> list[str]:
+    """What each method's interval says beside the method it is compared with; and whether it lies within the seeds' spread."""
+    found = []
+    for name, row in table.items():
+        if "points" not in row:
+            continue
+        other, (low, high) = row["against"], row["interval"]
+        said = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        least, most = min(table[other]["seeds"]), max(table[other]["seeds"])
+        within = least <= sum(row["seeds"]) / len(row["seeds"]) <= most
+        spread = "" if low > 0 else f", {'within' if within else 'outside'} the spread of its seeds"
+        found.append(f"- {name} against {other}: {row['points']:+.1f} points, {said}{spread}.")
+    return found
 
 
 def write(folder: Path, tables: Mapping[str, Any], birth: Mapping[str, Any]) -> Path:

@@ -91,6 +91,7 @@ def test_it_says_how_many_trials_it_will_run_and_then_runs_only_what_is_missing(
     assert table["LoRA, DropBP 0.875 uniform"]["points"] == -50
     page = tuners.write(tmp_path / "docs", first, birth()).read_text(encoding="utf-8")
     assert "| LoRA | 75.0% |" in page and "| LoRA, DropBP 0.875 uniform | 1.4057 | never |" in page
+    assert "- LoRA, DropBP 0.875 uniform against LoRA: -50.0 points, worse, outside the spread" in page
     assert (tmp_path / "docs" / "tuners-tools.svg").exists()
 
 
