@@ -125,7 +125,7 @@ def page(tables: Mapping[str, Any], birth: Mapping[str, Any]) -> str:
 
 
 def verdicts(table: Mapping[str, Any]) -> list[str]:
-    """What each method's interval says beside the method it is compared with; and whether it lies within the seeds' spread."""
+    """What each interval says beside the method it is compared with, and whether the mean lies within its seeds."""
     found = []
     for name, row in table.items():
         if "points" not in row:

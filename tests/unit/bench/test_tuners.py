@@ -91,7 +91,9 @@ def test_it_says_how_many_trials_it_will_run_and_then_runs_only_what_is_missing(
     assert table["LoRA, DropBP 0.875 uniform"]["points"] == -50
     page = tuners.write(tmp_path / "docs", first, birth()).read_text(encoding="utf-8")
     assert "| LoRA | 75.0% |" in page and "| LoRA, DropBP 0.875 uniform | 1.4057 | never |" in page
-    assert "- LoRA, DropBP 0.875 uniform against LoRA: -50.0 points, worse, outside the spread" in page
+    assert (
+        "- LoRA, DropBP 0.875 uniform against LoRA: -50.0 points, no difference shown" in page
+    )  # of 4 items
     assert (tmp_path / "docs" / "tuners-tools.svg").exists()
 
 
@@ -120,3 +122,17 @@ def test_methods_are_asked_for_by_name_with_what_they_are_compared_with() -> Non
         tuners.chosen_methods("Lora")
     with pytest.raises(Refused, match="compared with 'LoRA'"):
         tuners.chosen_methods("PaCA")
+
+
+def test_a_verdict_is_what_the_interval_says() -> None:
+    table = {
+        "a": {"seeds": [0.8, 0.9]},
+        "b": {"seeds": [0.85, 0.87], "points": 1.0, "interval": [-0.5, 2.5], "against": "a"},
+        "c": {"seeds": [0.7, 0.7], "points": -15.0, "interval": [-18.0, -12.0], "against": "a"},
+        "d": {"seeds": [0.95, 0.95], "points": 10.0, "interval": [8.0, 12.0], "against": "a"},
+    }
+    assert tuners.verdicts(table) == [
+        "- b against a: +1.0 points, no difference shown, within the spread of its seeds.",
+        "- c against a: -15.0 points, worse, outside the spread of its seeds.",
+        "- d against a: +10.0 points, better.",
+    ]
