@@ -10,7 +10,8 @@ import torch
 
 from heliostat.build import config_of
 from heliostat.engine.engine import MAX_TOKENS_PER_STEP, PAGE_SIZE, longest_that_fits, pages_that_fit
-from heliostat.engine.ledger import Ledger, Shape, ledger_of, room_of
+from heliostat.engine.ledger import Ledger, Shape, ledger_of, room_of, weights_of
+from heliostat.engine.paged import PagePool
 from heliostat.family import Family
 from heliostat.model.transformer import Transformer
 
@@ -34,8 +35,9 @@ def plan_of(
     max_length: int | None,
     cache_mib: int,
     max_running: int,
+    draft: str | None = None,
 ) -> Plan:
-    """The plan for these modules; only configs and heads of files are read.
+    """The plan for these modules; only configs and heads of files are read. ``draft``: a module that drafts.
 
     Raises Refused where not even one request of full length fits into ``cache_mib``.
     """
@@ -51,7 +53,21 @@ def plan_of(
         max_running=max_running,
         max_tokens_per_step=MAX_TOKENS_PER_STEP,
     )
+    if draft is not None:
+        ledger = Ledger((*ledger.lines, *_of_draft(folder, family, modules, draft, dtype, pages).lines))
     return Plan(longest, pages, ledger)
+
+
+def _of_draft(
+    folder: Path, family: Family, modules: Sequence[str], draft: str, dtype: torch.dtype, pages: int
+) -> Ledger:
+    """Its weights, if they are not there anyway; and pages, as many as the speakers', if it reads not theirs."""
+    weights = {family.module(name).weights for name in modules}
+    lines = weights_of(folder, family, [draft], dtype=dtype, there={*modules, *weights}).lines
+    if family.module(family.module(draft).weights).quantization is not None:
+        return Ledger(lines)
+    each = PagePool.bytes_per_page(config_of(folder, family, draft), page_size=PAGE_SIZE, dtype=dtype)
+    return Ledger((*lines, (f"{pages} pages of the draft {draft}", pages * each)))
 
 
 def plan_around(

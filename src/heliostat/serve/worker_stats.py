@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from heliostat.engine.engine import Engine
-from heliostat.engine.scheduler import Step
+from heliostat.engine.step import Step
 from heliostat.serve.protocol import Parting, Stats
 
 _NEWEST = 0.1
