@@ -26,9 +26,10 @@ from heliostat.engine.ledger import MIB, available_memory
 from heliostat.engine.plan import Plan, plan_around, plan_of
 from heliostat.engine.remembered import Remembered
 from heliostat.engine.request import FinishReason, Matcher, Request, Sampling
-from heliostat.engine.speculation.loading import Wanted, drafting_of
+from heliostat.engine.speculation.loading import drafting_of
 from heliostat.engine.speculation.rule import Rule, Speculated
-from heliostat.engine.speculation.speculator import AHEAD, Drafting
+from heliostat.engine.speculation.speculator import Drafting
+from heliostat.engine.speculation.wanted import AHEAD, Wanted
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
 from heliostat.model.tokenizer import Tokenizer

@@ -60,6 +60,24 @@ MaxBody = Annotated[int, typer.Option(min=1, help="Largest body of a request, in
 MaxConnections = Annotated[
     int, typer.Option(min=1, help="Most open connections; more get 503, but for /health.")
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        show_default=False, help="A module of the family that drafts tokens, or ngram; none: nobody."
+    ),
+]
+Verify = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RULE",
+        help="When drafted tokens are taken: lossless (default), judged, kl:X, topk:N, entropy:X. The first is for "
+        "requests that do not say; others they may ask for. All but lossless may change answers.",
+    ),
+]
+JudgeName = Annotated[
+    str | None, typer.Option(show_default=False, help="The judge's name, if it is not the draft's own.")
+]
+DraftTokens = Annotated[int, typer.Option(min=1, max=64, help="Most tokens drafted for a request in a step.")]
 
 
 def serve(
@@ -86,11 +104,16 @@ def serve(
     drain: Drain = 30.0,
     max_body_mib: MaxBody = 8,
     max_connections: MaxConnections = 512,
+    draft: Draft = None,
+    verify: Verify = None,
+    judge: JudgeName = None,
+    draft_tokens: DraftTokens = 8,
 ) -> None:
     """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once.
 
     With --prefill-workers and --decode-workers, or a --cluster file, worker processes answer instead of this one.
     """
+    from heliostat.engine.speculation.wanted import Wanted
     from heliostat.serve.run import Settings, cluster_text
     from heliostat.serve.run import serve as run
 
@@ -117,6 +140,7 @@ def serve(
         drain=drain,
         max_body_mib=max_body_mib,
         max_connections=max_connections,
+        wanted=Wanted(draft=draft, verify=tuple(verify or ()), judge=judge, ahead=draft_tokens),
     )
     if print_cluster:
         return print(cluster_text(settings), end="")

@@ -16,15 +16,11 @@ from heliostat.engine.speculation.drafting import Draft, Drafted, LookUp, OnItsP
 from heliostat.engine.speculation.lengths import Lengths, Wish
 from heliostat.engine.speculation.rule import Rule
 from heliostat.engine.speculation.verifying import Turn, judge_turns
+from heliostat.engine.speculation.wanted import AHEAD, NGRAM
 from heliostat.engine.step import Step
 from heliostat.errors import Refused
 from heliostat.model.config import ModelConfig
 from heliostat.model.judge import Judge
-
-NGRAM = "ngram"
-"""What the draft is called that looks up in the text, where a module's name may stand."""
-AHEAD = 8
-"""Most tokens drafted for a request in a step, where nobody says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
