@@ -44,6 +44,7 @@ POLICY = (
     "heliostat.bench.traces",
     "heliostat.bench.workloads",
     "heliostat.engine.fixed",
+    "heliostat.judging.choice",
     "heliostat.train.droprates",
     "heliostat.engine.store",
     "heliostat.engine.arrivals",
