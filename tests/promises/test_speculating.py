@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from heliostat.build import Loaded
+from heliostat.clock import run_virtual
 from heliostat.engine.engine import Engine
 from heliostat.engine.grammar import Grammars
 from heliostat.engine.request import Request, Sampling
@@ -23,7 +24,9 @@ from heliostat.model.config import read_config
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.weights import load_transformer
 from tests.conftest import write_checkpoint
-from tests.promises.toys import ROWS, Exactness, make_engine
+from tests.promises.crews import Listener, assert_empty, crowd, make_worker, order_of
+from tests.promises.test_disaggregation import jobs_of
+from tests.promises.toys import ROWS, Exactness, Job, make_engine, serve
 from tests.unit.engine.invariants import check_pages
 
 DRAFTS = ("ngram", "close", "far", "twin", "same")
@@ -267,3 +270,61 @@ def test_answers_by_a_schema_are_those_without_drafts(
         drafted.ask(wish)
     same(exactness, drafted.run(), plain.run())
     assert any(request.finish_reason == "stop" for request in drafted.requests)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "twin", "close"])
+def test_workers_that_decode_draft_for_what_others_have_read(
+    draft: str,
+    modules: dict[str, Loaded],
+    draftings: dict[str, Drafting],
+    tokenizer: Tokenizer,
+    exactness: Exactness,
+) -> None:
+    jobs = jobs_of({name: ROWS[name] for name in ("sun-a", "prefillshare-a", "icarus-la")}, sampled=True)
+    engine = make_engine(modules, tokenizer)
+    plain = serve(engine, jobs)
+
+    async def apart() -> None:
+        first = make_worker(modules, tokenizer, name="prefill")
+        second = make_worker(modules, tokenizer, name="decode", credit=64, drafting=draftings[draft])
+        orders = [order_of(job, engine.digests, speculation="lossless") for job in jobs]
+        found = await crowd(orders, second, first)
+        for ours, theirs in zip(found, plain, strict=True):
+            exactness.same(ours.ids, theirs.ids, theirs.gaps)
+            assert ours.failures == ()
+        assert second.core.engine.speculator is not None
+        assert second.core.engine.speculator.lengths.everybody.seen > 1
+        await assert_empty(first, second)
+        check_draft(second.core.engine)
+        await first.close()
+        await second.close()
+
+    run_virtual(apart())
+
+
+def test_what_was_drafted_is_told_with_the_tokens_and_goes_on_elsewhere(
+    modules: dict[str, Loaded], draftings: dict[str, Drafting], tokenizer: Tokenizer
+) -> None:
+    wish = Sampling(max_tokens=20, ignore_eos=True, temperature=0.8, seed=3)
+    job = Job(Row("a", "a", "a", "a"), (5, 6, 7), wish)
+
+    async def on() -> None:
+        worker = make_worker(modules, tokenizer, drafting=draftings["same"])
+        order = order_of(job, worker.core.engine.digests, speculation="lossless")
+        listener = Listener()
+        assert await worker.decode(order, listener.hear) is None
+        await listener.ended.wait()
+        told = [said.speculated for said in listener.said if said.speculated is not None]
+        assert sum(drafted for drafted, _, _ in told) == sum(taken for _, taken, _ in told) == 16
+        assert [said.number for said in listener.said] == list(range(20))
+        ids = tuple(said.sampled.token for said in listener.said)
+        for known in (1, 7, 19):  # another worker goes on from what was heard
+            later = order_of(job, worker.core.engine.digests, speculation="lossless", answer=ids[:known])
+            again = Listener()
+            assert await worker.decode(later, again.hear) is None
+            await again.ended.wait()
+            assert (*ids[:known], *(said.sampled.token for said in again.said)) == ids
+        await assert_empty(worker)
+        await worker.close()
+
+    run_virtual(on())

@@ -52,13 +52,15 @@ class Seconds:
             self.means[rows] = before + NEWEST * (seconds - before)
 
     def at(self, rows: int) -> float | None:
-        """For so many rows; None where nothing was measured. Beyond what was, in proportion to the rows."""
+        """For so many rows; None where nothing was measured. Beyond what was the line from end to end goes on."""
         known = sorted(self.means)
         if not known or not rows:
             return None if rows else 0.0
         place = bisect_left(known, rows)
         if place == len(known):
-            return self.means[known[-1]] * rows / known[-1]
+            first, last = known[0], known[-1]
+            slope = max(0.0, self.means[last] - self.means[first]) / max(1, last - first)
+            return self.means[last] + slope * (rows - last)
         if known[place] == rows or place == 0:
             return self.means[known[place]]
         low, high = known[place - 1], known[place]
