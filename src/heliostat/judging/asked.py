@@ -12,22 +12,18 @@ from typing import Any
 import torch
 
 from heliostat.build import (
-    BASE,
     Loaded,
     best_dtype,
     load_modules,
     load_tokenizer,
-    module_folder,
     read_family,
     verify_member,
 )
+from heliostat.engine.speculation.loading import refuse_other_tokens
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
 from heliostat.judging.consequences import Question
 from heliostat.llm import LLM
-from heliostat.model.config import read_config
-from heliostat.model.tokenizer import Tokenizer
-from heliostat.train.distil import NOT_TEXT
 from heliostat.train.formats import scan
 from heliostat.train.teacher import questions
 
@@ -97,27 +93,6 @@ def _row(folder: Path, family: Family, speaker: str, member: str | None) -> Row:
     if member in family.members:
         verify_member(family, member, folder=folder)
     return row
-
-
-def refuse_other_tokens(folder: Path, family: Family, draft: str, tokenizer: Tokenizer) -> None:
-    """Refuse a draft whose token ids mean something else than the family's."""
-    weights = family.module(family.module(draft).weights)
-    path = module_folder(folder, weights)
-    size = read_config(path).vocabulary
-    if size < tokenizer.size:
-        raise Refused(
-            f"draft {draft!r} knows {size} tokens, the family's tokenizer has {tokenizer.size}: a draft needs the same "
-            "tokenizer"
-        )
-    if weights.name == BASE or not (path / "tokenizer.json").is_file():
-        return
-    theirs = Tokenizer.load(path).parts
-    apart = [what for what, digest in tokenizer.parts.items() if digest != theirs[what] and what != NOT_TEXT]
-    if apart:
-        raise Refused(
-            f"draft {draft!r} has another tokenizer ({', '.join(apart)} differ) than the family: its tokens would be "
-            "judged as what they are not; take a draft with the same tokenizer"
-        )
 
 
 @dataclass(frozen=True, slots=True)
