@@ -18,6 +18,9 @@ from heliostat.model.judge import Judge, judge_name, read_judge
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
 
+NOT_TEXT = "chat template"
+"""The part of a tokenizer that changes no ids of a text."""
+
 
 def drafting_of(
     wanted: Wanted,
@@ -67,7 +70,10 @@ def refuse_other_tokens(folder: Path, family: Family, draft: str, tokenizer: Tok
     if not (path / "tokenizer.json").is_file():
         return
     other = Tokenizer.load(path)
-    if apart := [part for part in tokenizer.parts if other.parts[part] != tokenizer.parts[part]]:
+    apart = [
+        part for part in tokenizer.parts if other.parts[part] != tokenizer.parts[part] and part != NOT_TEXT
+    ]
+    if apart:
         raise Refused(
             f"draft {draft!r} has another tokenizer than the family ({', '.join(apart)} differ): its tokens would be "
             "others than the speaker's; take a module with the same tokenizer, or draft with ngram"
