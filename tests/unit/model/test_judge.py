@@ -19,7 +19,11 @@ SPEAKER, DRAFT = "a" * 64, "b" * 64
 
 def a_judge(width: int = 8, **facts: Any) -> Judge:
     torch.manual_seed(0)
-    told = {"theta": 0.7, "thetas": {"recall": 0.7, "f1": 0.4}, "report": {"labels": 3}} | facts
+    told: dict[str, Any] = {
+        "theta": 0.7,
+        "thetas": {"recall": 0.7, "f1": 0.4},
+        "report": {"labels": 3},
+    } | facts
     return Judge(torch.randn(width), 0.3, SPEAKER, DRAFT, speaker_module="base", draft_module="small", **told)
 
 
