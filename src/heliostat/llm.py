@@ -94,19 +94,11 @@ class LLM:
         Raises Refused for a family that is missing, damaged or changed since its members were tuned, and, before it
         is loaded, for one that does not fit into memory.
         """
-        self.wanted = Wanted(
-            draft=draft,
-            verify=(verify,) if isinstance(verify, str) else tuple(verify),
-            judge=judge,
-            ahead=ahead,
-            adaptive=adaptive,
-        )
+        rules = (verify,) if isinstance(verify, str) else tuple(verify)
+        self.wanted = Wanted(draft=draft, verify=rules, judge=judge, ahead=ahead, adaptive=adaptive)
         folder = Path(folder)
         self.family = read_family(folder)
-        names = list(members) if members is not None else [*self.family.members, "base"]
-        for name in names:
-            if name in self.family.members:
-                verify_member(self.family, name, folder=folder)
+        names = self._whole(members, folder)
         kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
         needed = modules_of(self.family, names)
         plan = plan_of(
@@ -117,7 +109,7 @@ class LLM:
             max_length=max_length,
             cache_mib=cache_mib,
             max_running=max_running,
-            draft=self.wanted.module,
+            wanted=self.wanted,
         )
         _refuse_too_large(plan, device, memory_mib)
         tokenizer = load_tokenizer(folder, self.family)
@@ -131,10 +123,17 @@ class LLM:
             tokenizer=tokenizer,
             dtype=kind,
             device=device,
-            models={module.weights: module.model for module in modules.values()},
             there=modules,
         )
         self._start(modules, rows, tokenizer, plan, max_running, drafting)
+
+    def _whole(self, members: Sequence[str] | None, folder: Path) -> list[str]:
+        """Whom to load; Refused where one is not what it was tuned as."""
+        names = list(members) if members is not None else [*self.family.members, "base"]
+        for name in names:
+            if name in self.family.members:
+                verify_member(self.family, name, folder=folder)
+        return names
 
     @classmethod
     def of(

@@ -51,7 +51,7 @@ def answers(address: str, **extra: Any) -> list[Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--draft", "solo.own", "--draft-tokens", "4"),
+        ("--draft", "solo.own", "--ahead", "4"),
         ("--draft", "ngram"),
         ("--draft", "ngram", "--prefill-workers", "1", "--decode-workers", "1", "--device", "cpu"),
         ("--draft", "base", "--prefill-workers", "1", "--decode-workers", "1", "--device", "cpu"),

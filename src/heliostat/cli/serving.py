@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from heliostat import __version__
 from heliostat.cli.answering import CacheMib, Device, Dtype
+from heliostat.cli.options import given, options_of, taking
 from heliostat.cli.printing import note
+from heliostat.engine.speculation.wanted import Wanted
+
+if TYPE_CHECKING:
+    from heliostat.serve.run import Settings
 
 Fam = Annotated[
     Path | None,
@@ -60,26 +65,9 @@ MaxBody = Annotated[int, typer.Option(min=1, help="Largest body of a request, in
 MaxConnections = Annotated[
     int, typer.Option(min=1, help="Most open connections; more get 503, but for /health.")
 ]
-Draft = Annotated[
-    str | None,
-    typer.Option(
-        show_default=False, help="A module of the family that drafts tokens, or ngram; none: nobody."
-    ),
-]
-Verify = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="RULE",
-        help="When drafted tokens are taken: lossless (default), judged, kl:X, topk:N, entropy:X. The first is for "
-        "requests that do not say; others they may ask for. All but lossless may change answers.",
-    ),
-]
-JudgeName = Annotated[
-    str | None, typer.Option(show_default=False, help="The judge's name, if it is not the draft's own.")
-]
-DraftTokens = Annotated[int, typer.Option(min=1, max=64, help="Most tokens drafted for a request in a step.")]
 
 
+@taking(options_of(Wanted))
 def serve(
     family: Fam = None,
     host: Host = "127.0.0.1",
@@ -104,18 +92,13 @@ def serve(
     drain: Drain = 30.0,
     max_body_mib: MaxBody = 8,
     max_connections: MaxConnections = 512,
-    draft: Draft = None,
-    verify: Verify = None,
-    judge: JudgeName = None,
-    draft_tokens: DraftTokens = 8,
+    **drafts: Any,
 ) -> None:
     """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once.
 
     With --prefill-workers and --decode-workers, or a --cluster file, worker processes answer instead of this one.
     """
-    from heliostat.engine.speculation.wanted import Wanted
-    from heliostat.serve.run import Settings, cluster_text
-    from heliostat.serve.run import serve as run
+    from heliostat.serve.run import Settings
 
     settings = Settings(
         family=family,
@@ -140,9 +123,21 @@ def serve(
         drain=drain,
         max_body_mib=max_body_mib,
         max_connections=max_connections,
-        wanted=Wanted(draft=draft, verify=tuple(verify or ()), judge=judge, ahead=draft_tokens),
+        wanted=Wanted(**_tuples(given(drafts))),
     )
+    _run(settings, print_cluster=print_cluster)
+
+
+def _tuples(flags: dict[str, Any]) -> dict[str, Any]:
+    """Options that may be given several times, as Wanted takes them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+
+
+def _run(settings: Settings, *, print_cluster: bool) -> None:
+    from heliostat.serve.run import cluster_text
+    from heliostat.serve.run import serve as run
+
     if print_cluster:
         return print(cluster_text(settings), end="")
-    note(f"loading {family or cluster} ...")
+    note(f"loading {settings.family or settings.cluster} ...")
     run(settings, version=__version__)

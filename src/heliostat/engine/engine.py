@@ -85,6 +85,7 @@ class Engine:
             raise Refused(f"max_length is {max_length}; the model runs {longest} tokens exactly, and no more")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.runner = Runner(modules, pages=pages, page_size=page_size, share=share)
+        self.speculator: Speculator | None = None
         self.digests: dict[str, str] = {}
         """What the modules are now, by name: a request takes those of its row along."""
         self._runs: dict[str, tuple[str, str | None]] = {}
@@ -100,7 +101,6 @@ class Engine:
             max_tokens_per_step=max_tokens_per_step,
             eos_ids=tokenizer.eos_ids,
         )
-        self.speculator: Speculator | None = None
         if drafting is not None:
             room = Room(
                 pages=pages,
@@ -142,7 +142,12 @@ class Engine:
             self.digests[name] = f"{module.digest}/{kind}"
             self._runs[name] = (module.weights, module.adapter)
             self.runner.models[module.weights] = module.model
+        self._changed()
+
+    def _changed(self) -> None:
         self.runner.changed()
+        if self.speculator is not None:
+            self.speculator.changed()
 
     def unload(self, names: Collection[str]) -> None:
         """Let modules go, between two steps; weights that no other module runs on are given up, adapters taken off.
@@ -156,7 +161,7 @@ class Engine:
             raise Refused(
                 f"module {', '.join(busy)} is needed by unfinished requests: wait for them or abort them"
             )
-        self.runner.changed()
+        self._changed()
         for name in dict.fromkeys(names):
             weights, adapter = self._runs.pop(name)
             del self.digests[name]

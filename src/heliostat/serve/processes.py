@@ -209,6 +209,6 @@ def _ledger(place: Place, family: Family, means: Means, cache: int) -> Ledger:
         max_length=means.max_length,
         cache_mib=cache,
         max_running=means.max_running,
-        draft=means.drafts(place).module,
+        wanted=means.drafts(place),
     )
     return plan.ledger

@@ -44,7 +44,7 @@ def worker_of(settings: WorkerSettings, *, drive: Drive | None = None) -> Engine
         max_length=settings.max_length,
         cache_mib=settings.cache_mib,
         max_running=settings.max_running,
-        draft=settings.wanted.module,
+        wanted=settings.wanted,
     )
     limit = available_memory(device) if settings.memory_mib is None else settings.memory_mib * MIB
     plan.ledger.refuse_over(limit)

@@ -93,7 +93,8 @@ class Drafting(Machine):
 
     def run_drafts(self, step, drafts):
         """As ``run``; every row says its token, and those are taken that were drafted right."""
-        spoke, said = {}, {}
+        spoke: dict[str, list[int]] = {}
+        said: dict[str, list[int]] = {}
         ahead = {chunk.request.id: chunk.ahead for chunk in step.chunks}
         salts = {chunk.pages: chunk.request.salt for chunk in step.chunks}
         for one in passes_of(step, MODULES, page_size=self.table.page_size, drafts=drafts):
@@ -132,7 +133,7 @@ class Drafting(Machine):
     share=st.sampled_from([0.0, 0.7, 1.0]),
     reads=st.booleans(),
 )
-def test_whatever_is_drafted_every_answer_is_its_rows_own(pool, events, seed, share, reads) -> None:
+def test_whatever_is_drafted_every_answer_is_its_rows_own(pool, events, seed, share, reads):
     plain = machine(*pool)
     m = Drafting(plain.scheduler)
     m.dice, m.share, m.reads = random.Random(seed), share, reads

@@ -34,7 +34,8 @@ def drafting_of(
     models: Mapping[str, Transformer] | None = None,
     there: Mapping[str, Loaded] | None = None,
 ) -> Drafting | None:
-    """Who drafts, loaded; ``speakers`` by the family's names; ``models`` and ``there``: what is in memory already.
+    """Who drafts, loaded; ``speakers`` by the family's names; what is in memory already: modules (``there``) or their
+    weights (``models``), by the family's names.
 
     Refused, before anything is loaded, for a module with another tokenizer and for a judge of others.
     """
@@ -49,7 +50,9 @@ def drafting_of(
     judges = _judges(wanted, folder, family, speakers, digest)
     if name is None:
         return replace(drafting, judges=judges)
-    module = (there or {}).get(name)
+    there = there or {}
+    models = models or {module.weights: module.model for module in there.values()}
+    module = there.get(name)
     if module is None:
         module = load_modules(
             folder, family, [name], dtype=dtype, device=device, verify=False, models=models, joined=True

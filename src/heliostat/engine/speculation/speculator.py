@@ -75,6 +75,7 @@ class Speculator:
         self.drafting, self._room, self.clock = drafting, room, clock
         self.lengths = Lengths(drafting.ahead, drafting.adaptive, passes=drafting.module is not None)
         self._began = 0.0
+        self._own: Runner | None = None
         self.drafter: Draft = LookUp()
         if drafting.module is not None:
             self.drafter = self._speaking(drafting.module, runner, config)
@@ -85,7 +86,7 @@ class Speculator:
         size = runner.pool.keys.shape[2]
         named = {module.name: module}
         pool = runner.pool if self.drafting.reads else None
-        own = Runner(named, pages=self._room.pages, page_size=size, pool=pool)
+        own = self._own = Runner(named, pages=self._room.pages, page_size=size, pool=pool)
         speech = Speech(
             module,
             own,
@@ -170,6 +171,11 @@ class Speculator:
         for turn in turns:
             if turn.drafted.tokens:
                 self.lengths.learn(turn.request.id, len(turn.drafted.tokens), turn.accepted)
+
+    def changed(self) -> None:
+        """The engine's modules have come or gone: adapters of a model that drafts, too, perhaps."""
+        if self._own is not None:
+            self._own.changed()
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

@@ -18,13 +18,16 @@ class Wanted:
     """What is to be drafted, as an operator says it. Raises Refused for a rule that there is not, or without a draft."""
 
     draft: str | None = None
-    """A module of the family, or ``ngram``; None: nothing is drafted."""
+    """A module of the family that drafts tokens, or ``ngram``; none: nothing is drafted."""
     verify: tuple[str, ...] = ()
-    """Rules: the first for requests that do not say, all of them for those that do; ``lossless`` is always one."""
+    """When drafted tokens are taken: lossless, judged, kl:X, topk:N or entropy:X. The first rule is for requests that do
+    not say, the others they may ask for; none: lossless, which is always one. All but lossless may change answers."""
     judge: str | None = None
-    """Name of the judge; None: the one made for speaker and draft."""
+    """Name of the judge; none: the one made for speaker and draft."""
     ahead: int = AHEAD
+    """Most tokens drafted for a request in a step."""
     adaptive: bool = True
+    """Draft less, or nothing, where measurements say that it is faster."""
 
     def __post_init__(self) -> None:
         if self.draft is None and (self.verify or self.judge):

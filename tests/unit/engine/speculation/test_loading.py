@@ -136,12 +136,14 @@ def test_the_ledger_counts_a_drafts_weights_and_pages(family: Path) -> None:
             max_length=64,
             cache_mib=1,
             max_running=2,
-            draft=draft,
+            wanted=Wanted(draft=draft),
         )
         return dict(plan.ledger.lines)
 
-    plain, small, again = lines(None), lines("small"), lines("base")
-    assert plain.items() <= small.items()
-    new = small.keys() - plain.keys()
+    plain, looked, small, again = lines(None), lines(NGRAM), lines("small"), lines("base")
+    logits = "logits of drafted tokens, at most"
+    assert looked.items() - plain.items() == {(logits, 2 * 8 * 300 * 4)}
+    assert looked.items() <= small.items()
+    new = small.keys() - looked.keys()
     assert {what.split(" of ")[0] for what in new} == {"weights", "8 pages"}
-    assert again.keys() - plain.keys() == {"8 pages of the draft base"}  # its weights are there
+    assert again.keys() - looked.keys() == {"8 pages of the draft base"}  # its weights are there
