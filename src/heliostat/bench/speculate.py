@@ -135,7 +135,10 @@ def measure(wish: Measured, *, tell: Tell = lambda line: None) -> dict[str, Any]
     points("judge_seconds", lambda: _judge_seconds(wish))
     for suffix in wish.suffixes:
         tell(f"suffix {suffix}")
-        points(f"suffix/{suffix}", lambda suffix=suffix: _suffix(wish, suffix))  # type: ignore[misc]
+        points(f"suffix/{suffix}", lambda suffix=suffix: _other(wish, f"n{suffix}", suffix=suffix))  # type: ignore[misc]
+    tell("labels by result")
+    if wish.tau is None:
+        points("by_result", lambda: _other(wish, "by-result", labels="result"))
     tell("other members")
     points("transfer", lambda: _transfer(wish, tell))
     command = f"heliostat bench speculate {wish.family} --draft {wish.draft}"
@@ -330,10 +333,10 @@ def _judge_seconds(wish: Measured) -> dict[str, float]:
     return found
 
 
-def _suffix(wish: Measured, suffix: int) -> dict[str, Any]:
-    """A judge of labels with another N, and what answers it gives by its best F1."""
-    name = f"bench-n{suffix}"
-    made = make_judge(_wish(wish, name=name, suffix=suffix, prompts=wish.fewer))
+def _other(wish: Measured, name: str, **other: Any) -> dict[str, Any]:
+    """A judge of other labels, and what answers it gives."""
+    name = f"bench-{name}"
+    made = make_judge(_wish(wish, name=name, prompts=wish.fewer, **other))
     llm = _llm(wish, CHOSEN, judge=name, adaptive=False)
     return _told(made) | {"answers": {rule: _graded(wish, llm, rule, wish.test) for rule in CHOSEN}}
 

@@ -68,7 +68,10 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
         f"![accuracy and length over theta]({SWEPT})",
         "",
-        "## Tokens that a score looks at",
+        "## Other labels",
+        "",
+        "N: tokens that a score looks at. By result: a token is acceptable where the speaker, going on from it, comes to "
+        "the same number (as in AutoJudge, arXiv 2504.20039).",
         "",
         *_suffixes(found),
         "",
@@ -148,15 +151,23 @@ def _judges(found: Mapping[str, Any]) -> list[str]:
 
 
 def _suffixes(found: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for suffix in found["facts"]["suffixes"]:
-        one = found["points"][f"suffix/{suffix}"]
-        cells = [str(suffix), f"{one['tau']:.2f}", _percent(one["acceptable"]), f"{one['auc']:.3f}"]
+    points, rows = found["points"], []
+    labels = {f"N {suffix}": f"suffix/{suffix}" for suffix in found["facts"]["suffixes"]}
+    for label, name in (labels | {"by result": "by_result"}).items():
+        if name not in points:
+            continue
+        one = points[name]
+        cells = [
+            label,
+            "–" if name == "by_result" else f"{one['tau']:.2f}",
+            _percent(one["acceptable"]),
+            f"{one['auc']:.3f}",
+        ]
         for rule in ("judged:recall", "judged:f1"):
             answers = one["answers"][rule]
             cells.append(f"{_percent(answers['accuracy'])}, {answers['accepted_length']:.2f}")
         rows.append(cells)
-    return table(["N", "tau", "acceptable", "AUC", "by recall: right, length", "by F1"], rows)
+    return table(["labels", "tau", "acceptable", "AUC", "by recall: right, length", "by F1"], rows)
 
 
 def _transfer(found: Mapping[str, Any]) -> list[str]:

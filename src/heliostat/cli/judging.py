@@ -40,6 +40,13 @@ def judge(
     calibration: Annotated[
         int, typer.Option(min=0, help="Prompts whose substituted tokens are followed to a result.")
     ] = 100,
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="What says whether a token is acceptable: suffix (how well the answer would have gone on), or result "
+            "(whether it comes to the same; many times the work)."
+        ),
+    ] = "suffix",
     suffix: Annotated[int, typer.Option(min=1, help="Tokens behind a token that its score looks at.")] = 20,
     share: Annotated[
         float,
@@ -80,6 +87,7 @@ def judge(
         metric=metric,
         prompts=prompts,
         calibration=calibration,
+        labels=labels,
         suffix=suffix,
         share=share,
         tau=tau,

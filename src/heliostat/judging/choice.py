@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from heliostat.errors import Refused
 from heliostat.family import choose
 
+LABELS = {
+    "suffix": "how well the speaker's answer would have gone on behind it",
+    "result": "whether the result stays the same when the speaker goes on from it; many times the work",
+}
+"""Ways to say whether a token is acceptable."""
 CHOICES = {
     "recall": "rejects at least --recall of the unacceptable tokens",
     "f1": "best F1 of the acceptable tokens",

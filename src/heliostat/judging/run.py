@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from heliostat.errors import Refused
 from heliostat.family import choose
 from heliostat.files import locked
 from heliostat.judging.asked import Asked, Pair, identity, in_groups, load_pair, read_asked
-from heliostat.judging.choice import CHOICES, Point, area_under, chosen_theta, point_at, tau_of, thetas_of
+from heliostat.judging.choice import (
+    CHOICES,
+    LABELS,
+    Point,
+    area_under,
+    chosen_theta,
+    point_at,
+    tau_of,
+    thetas_of,
+)
 from heliostat.judging.consequences import Question, Said, answered, known_unacceptable
 from heliostat.judging.kept import Kept
 from heliostat.judging.labels import SUFFIX, Scored, score
@@ -58,6 +67,8 @@ class Wish:
     """At most; None: all."""
     calibration: int = 100
     """Prompts whose substitutions are followed to their results."""
+    labels: str = "suffix"
+    """What says whether a token is acceptable: one of LABELS."""
     suffix: int = SUFFIX
     share: float = 0.1
     """Of the known unacceptable tokens, that may be called acceptable."""
@@ -73,6 +84,9 @@ class Wish:
     def __post_init__(self) -> None:
         choose(self.metric, METRICS, what="metric")
         choose(self.choice, CHOICES, what="way to choose theta")
+        choose(self.labels, LABELS, what="kind of labels")
+        if self.labels == "result" and self.tau is not None:
+            raise Refused(f"tau {self.tau} is for labels by suffix only, and labels is 'result'; drop it")
         judge_file(Path(self.family), self.judge)
         for what, share in (("share", self.share), ("recall", self.recall)):
             if not 0 <= share <= 1:
@@ -144,7 +158,7 @@ def make_judge(
     asked = read_asked(Path(wish.data), pair, most=wish.prompts, seed=wish.seed)
     facts = identity(pair, Path(wish.data), suffix=wish.suffix, metric=wish.metric, longest=wish.longest)
     kept = Kept.open(pair.folder / JUDGING, facts)
-    measured = asked.learned[: wish.calibration] if wish.tau is None else ()
+    measured = _measured(wish, asked)
     if measured and all(question.reference is None for question in measured):
         echo(
             f"the data has no answers: a result is compared ({wish.metric}) with that of the speaker's own answer"
@@ -165,6 +179,13 @@ def make_judge(
     return _fitted(wish, pair, kept, asked, tau=tau, known=known, begin=begin)
 
 
+def _measured(wish: Wish, asked: Asked) -> tuple[Question, ...]:
+    """Prompts whose substitutions are followed."""
+    if wish.labels == "result":
+        return asked.all
+    return asked.learned[: wish.calibration] if wish.tau is None else ()
+
+
 def _tau(wish: Wish, known: Sequence[Sequence[float]], measured: int, echo: Callable[[str], None]) -> float:
     scores = [score for one in known for score in one]
     if not scores:
@@ -173,6 +194,8 @@ def _tau(wish: Wish, known: Sequence[Sequence[float]], measured: int, echo: Call
             "changed a result. Needed are prompts that the speaker answers rightly, to the end, with a metric that tells a "
             f"result from its wording ({', '.join(METRICS)}); or give the threshold of scores yourself: --tau -2"
         )
+    if wish.labels == "result":
+        return 0.0
     if len(scores) < FEW_KNOWN:
         echo(
             f"only {len(scores)} tokens are known to be unacceptable: tau is unsure; more --calibration helps"
@@ -242,9 +265,10 @@ def known_of(kept: Kept, measured: Sequence[Question]) -> list[list[float]]:
     return found
 
 
-def labelled(kept: Kept, questions: Sequence[Question]) -> Labelled:
-    """Everything that was scored of these prompts."""
-    all_of_them = [(q.line, kept.scored(q.line)) for q in questions]
+def labelled(kept: Kept, questions: Sequence[Question], *, by: str = "suffix") -> Labelled:
+    """Everything that was scored of these prompts; by ``result`` scores are 1 or -1, of answers that are a measure."""
+    scores = _by_result if by == "result" else Kept.scored
+    all_of_them = [(q.line, scores(kept, q.line)) for q in questions]
     found = [(line, scored) for line, scored in all_of_them if scored is not None and len(scored)]
     if not found:
         raise Refused(
@@ -256,6 +280,13 @@ def labelled(kept: Kept, questions: Sequence[Question]) -> Labelled:
         torch.cat([scored.hidden for _, scored in found]),
         len(questions),
     )
+
+
+def _by_result(kept: Kept, line: int) -> Scored | None:
+    scored, changed = kept.scored(line), kept.changed(line)
+    if scored is None or not changed or len(changed) != len(scored):
+        return None
+    return replace(scored, scores=1 - 2 * torch.tensor(changed, dtype=torch.float32))
 
 
 def fit(learned: Labelled, tau: float) -> Probe:
@@ -274,7 +305,8 @@ def _fitted(
     known: Sequence[Sequence[float]],
     begin: float,
 ) -> Judged:
-    learned, held_out = labelled(kept, asked.learned), labelled(kept, asked.held_out)
+    learned = labelled(kept, asked.learned, by=wish.labels)
+    held_out = labelled(kept, asked.held_out, by=wish.labels)
     probe = fit(learned, tau)
     scores, labels = probe.scores(held_out.hidden).tolist(), held_out.labels(tau).tolist()
     thetas = thetas_of(scores, labels, recall=wish.recall)

@@ -96,7 +96,13 @@ def test_verdicts_follow_the_numbers() -> None:
 
 def test_the_page_has_all_of_it(tmp_path: Path) -> None:
     page = write_page(found(), tmp_path).read_text(encoding="utf-8")
-    for part in (*(f"`{rule}`" for rule in RULES), "base -> m", "–", "80.0 % (1.0 % apart)", "| 20 | -3.00"):
+    for part in (
+        *(f"`{rule}`" for rule in RULES),
+        "base -> m",
+        "–",
+        "80.0 % (1.0 % apart)",
+        "| N 20 | -3.00",
+    ):
         assert part in page, part
     assert {p.name for p in tmp_path.iterdir()} == {
         "selfjudge.md",

@@ -112,6 +112,15 @@ def test_tau_comes_from_tokens_that_change_the_result(drafted: Path, asked_data:
     assert lower.tau < found.tau and lower.acceptable > found.acceptable
 
 
+def test_labels_by_result_are_whether_the_result_stays(drafted: Path, asked_data: Path) -> None:
+    ending = {"member": "solo", "speaker": "solo.own", "longest": 60, "labels": "result"}
+    found = make_judge(wish(drafted, asked_data, **ending))
+    assert found.tau == 0 and found.measured > 0
+    assert found.acceptable == pytest.approx(1 - found.known / sum(found.tokens))
+    with pytest.raises(Refused, match="tau -4.0 is for labels by suffix only"):
+        wish(drafted, asked_data, tau=-4.0, **ending)
+
+
 def test_a_token_is_unacceptable_where_the_answer_that_follows_has_another_result(drafted: Path) -> None:
     pair = load_pair(drafted, "solo.own", "small", member="solo")
     prompt = pair.llm.prompt_ids("add 2 and 3")
@@ -156,6 +165,7 @@ def test_a_member_of_every_sharing_can_be_judged(drafted: Path, asked_data: Path
         ({"member": "code"}, "'code.own' speaks for member 'code', not 'base': say --speaker code.own"),
         ({"metric": "taste"}, "no metric 'taste'"),
         ({"choice": "f2"}, "way to choose theta"),
+        ({"labels": "taste"}, "no kind of labels 'taste'"),
         ({"share": 1.5}, "share is 1.5"),
         ({"suffix": 0}, "suffix is 0"),
         ({"name": "../x"}, "no judge's name"),
