@@ -201,6 +201,41 @@ def import_member(folder: Path, member: str, source: Path) -> Member:
     return entry
 
 
+def import_draft(folder: Path, name: str, source: Path) -> Module:
+    """Take a whole checkpoint of any shape into the family as a module that drafts for its speakers; no member is made.
+
+    Raises Refused where the tokenizer or the format is not the family's, or the name is taken.
+    """
+    folder, source = Path(folder), Path(source)
+    read_family(folder).free_module_name(name)
+    if not source.is_dir():
+        raise Refused(f"{source} is no folder; --from takes a checkpoint on this disk")
+    if (source / QUANTIZATION).exists() or is_adapter(source):
+        raise Refused(
+            f"{source} is no whole model with plain weights: a draft runs alone, with pages of its own"
+        )
+    _refuse_other_tokenizer(folder, read_family(folder), source)
+    known, needed = read_config(source).vocabulary, load_tokenizer(folder, read_family(folder)).size
+    if known < needed:
+        raise Refused(
+            f"{source} knows {known} tokens, the family's tokenizer has {needed}: a draft needs them all"
+        )
+    with changing(folder):
+        family = read_family(folder)
+        path = new_module_folder(folder, family, family.free_module_name(name))
+        with atomic_directory(folder / path) as partial:
+            _copy_weights(source, partial)
+        try:
+            module = describe_module(folder, name, path, base=None, family=family)
+            refuse_broken(folder, module)
+            _try(folder, family.with_module(module), name)
+        except BaseException:
+            shutil.rmtree(folder / path, ignore_errors=True)
+            raise
+        write_family(folder, family.with_module(module))
+    return module
+
+
 def _row_of(source: Path, family: Family) -> tuple[str, dict[str, str]]:
     """(sharing, who plays each part: own or base) of what is imported: ``independent`` but for exported members."""
     if not (source / FACTS).is_file():

@@ -328,7 +328,7 @@ class Family:
         module, users = self.module(name), self.users(name)
         if name == BASE:
             raise Refused(f"{name!r} is what the family stands on: it cannot be removed")
-        if module.quantization is None:
+        if module.quantization is None and users:
             raise Refused(
                 f"{name!r} is not a quantized module: it goes with its member (heliostat member rm)"
             )

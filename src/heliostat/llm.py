@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from heliostat.engine.ledger import MIB, available_memory
 from heliostat.engine.plan import Plan, plan_around, plan_of
 from heliostat.engine.remembered import Remembered
 from heliostat.engine.request import FinishReason, Matcher, Request, Sampling
+from heliostat.engine.speculation.loading import drafting_of
+from heliostat.engine.speculation.rule import Rule, Speculated
+from heliostat.engine.speculation.speculator import Drafting
+from heliostat.engine.speculation.wanted import AHEAD, Wanted
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
 from heliostat.model.tokenizer import Tokenizer
@@ -51,6 +55,10 @@ class Answer:
     """Prompt tokens that were not run because their K,V were there already, whoever's request wrote them."""
     logprobs: tuple[float, ...] = ()
     """Natural log-probability of each id, where asked for."""
+    rule: str | None = None
+    """By which drafted tokens were taken; None: none were drafted."""
+    speculated: Speculated = field(default_factory=Speculated)
+    """What was drafted, and what came of it."""
 
 
 class LLM:
@@ -70,21 +78,27 @@ class LLM:
         cache_mib: int = 1024,
         max_running: int = 64,
         memory_mib: int | None = None,
+        draft: str | None = None,
+        verify: str | Sequence[str] = (),
+        judge: str | None = None,
+        ahead: int = AHEAD,
+        adaptive: bool = True,
     ) -> None:
         """``dtype``: auto, float32 or bfloat16; ``cache_mib``: most memory for K,V pages.
 
         ``max_length``: most tokens of a request; None: the model's length, or what ``cache_mib`` holds if less.
         ``memory_mib``: most memory for all; None: what the machine, or the device, has left.
+        ``draft``: a module of the family, or ``ngram``: tokens are drafted, and taken by the first rule of ``verify``
+        (none: lossless). At most ``ahead`` a step, and less where that is faster, unless not ``adaptive``.
 
         Raises Refused for a family that is missing, damaged or changed since its members were tuned, and, before it
         is loaded, for one that does not fit into memory.
         """
+        rules = (verify,) if isinstance(verify, str) else tuple(verify)
+        self.wanted = Wanted(draft=draft, verify=rules, judge=judge, ahead=ahead, adaptive=adaptive)
         folder = Path(folder)
         self.family = read_family(folder)
-        names = list(members) if members is not None else [*self.family.members, "base"]
-        for name in names:
-            if name in self.family.members:
-                verify_member(self.family, name, folder=folder)
+        names = self._whole(members, folder)
         kind = best_dtype(device) if dtype == "auto" else parse_dtype(dtype)
         needed = modules_of(self.family, names)
         plan = plan_of(
@@ -95,11 +109,31 @@ class LLM:
             max_length=max_length,
             cache_mib=cache_mib,
             max_running=max_running,
+            wanted=self.wanted,
         )
         _refuse_too_large(plan, device, memory_mib)
+        tokenizer = load_tokenizer(folder, self.family)
         modules = load_modules(folder, self.family, needed, dtype=kind, device=device, joined=True)
         rows = {name: self.family.row(name) for name in names}
-        self._start(modules, rows, load_tokenizer(folder, self.family), plan, max_running)
+        drafting = drafting_of(
+            self.wanted,
+            folder,
+            self.family,
+            [row.speaker for row in rows.values()],
+            tokenizer=tokenizer,
+            dtype=kind,
+            device=device,
+            there=modules,
+        )
+        self._start(modules, rows, tokenizer, plan, max_running, drafting)
+
+    def _whole(self, members: Sequence[str] | None, folder: Path) -> list[str]:
+        """Whom to load; Refused where one is not what it was tuned as."""
+        names = list(members) if members is not None else [*self.family.members, "base"]
+        for name in names:
+            if name in self.family.members:
+                verify_member(self.family, name, folder=folder)
+        return names
 
     @classmethod
     def of(
@@ -122,6 +156,7 @@ class LLM:
         models = [module.model for module in modules.values()]
         plan = plan_around(models, max_length=max_length, cache_mib=cache_mib, max_running=max_running)
         _refuse_too_large(plan, str(models[0].device), memory_mib)
+        self.wanted = Wanted()
         self._start(modules, rows, tokenizer, plan, max_running)
         return self
 
@@ -132,10 +167,16 @@ class LLM:
         tokenizer: Tokenizer,
         plan: Plan,
         max_running: int,
+        drafting: Drafting | None = None,
     ) -> None:
         self.rows, self.tokenizer = dict(rows), tokenizer
         self.engine = Engine(
-            modules, tokenizer, max_length=plan.max_length, pages=plan.pages, max_running=max_running
+            modules,
+            tokenizer,
+            max_length=plan.max_length,
+            pages=plan.pages,
+            max_running=max_running,
+            drafting=drafting,
         )
         self._numbers = count()
         self._grammars: Grammars | None = None
@@ -165,12 +206,14 @@ class LLM:
         member: str | Sequence[str] = "base",
         sampling: Sampling | None = None,
         schema: Schema | None = None,
+        speculation: str | None = None,
         **options: Any,
     ) -> list[Answer]:
         """Answers in the order of the prompts; ``member`` is one name for all, or one a prompt.
 
         ``options`` are the fields of Sampling. All prompts run as one batch, whatever their members and rows. With a
-        ``schema`` an answer is JSON that fits it, unless max_tokens or a stop string cut it.
+        ``schema`` an answer is JSON that fits it, unless max_tokens or a stop string cut it. ``speculation``: one of
+        the rules of ``verify``, or ``off``; None: the first of them.
         Raises Refused for an unknown member, a prompt that does not fit or a schema that cannot be kept.
         """
         many = _as_prompts(prompts)
@@ -178,7 +221,8 @@ class LLM:
         if len(members) != len(many):
             raise Refused(f"{len(many)} prompts but {len(members)} members")
         wish = sampling or Sampling(**options)
-        requests = [self._request(p, m, wish, schema) for p, m in zip(many, members, strict=True)]
+        rule = self.wanted.rule(speculation)
+        requests = [self._request(p, m, wish, schema, rule) for p, m in zip(many, members, strict=True)]
         chances: dict[str, list[float]] = {request.id: [] for request in requests}
         texts: dict[str, list[str]] = {request.id: [] for request in requests}
         for piece in self._run(requests):
@@ -197,11 +241,14 @@ class LLM:
         **options: Any,
     ) -> Iterator[str]:
         """One answer, piece by piece as it becomes certain; leaving the loop early frees its pages."""
-        for piece in self._run([self._request(prompt, member, sampling or Sampling(**options), schema)]):
+        wish, rule = sampling or Sampling(**options), self.wanted.rule(None)
+        for piece in self._run([self._request(prompt, member, wish, schema, rule)]):
             if piece.text:
                 yield piece.text
 
-    def _request(self, prompt: Prompt, member: str, sampling: Sampling, schema: Schema | None) -> Request:
+    def _request(
+        self, prompt: Prompt, member: str, sampling: Sampling, schema: Schema | None, rule: Rule | None
+    ) -> Request:
         if member not in self.rows:
             raise Refused(f"no member {member!r} is loaded; there is: {', '.join(sorted(self.rows))}")
         row = self.rows[member]
@@ -215,6 +262,7 @@ class LLM:
             sampling=sampling,
             member=member,
             matcher=self._matcher(schema),
+            speculation=rule,
         )
 
     def _matcher(self, schema: Schema | None) -> Matcher | None:
@@ -270,4 +318,6 @@ def _answer(request: Request, text: str, logprobs: Sequence[float]) -> Answer:
         len(request.prompt),
         request.cached_tokens,
         tuple(logprobs),
+        None if request.speculation is None else str(request.speculation),
+        request.speculated,
     )

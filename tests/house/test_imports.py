@@ -24,6 +24,7 @@ FLOORS = {
     "heliostat.engine": 3,
     "heliostat.export": 4,
     "heliostat.llm": 4,
+    "heliostat.judging": 4,
     "heliostat.quantize": 4,
     "heliostat.serve": 4,
     "heliostat.train": 4,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from heliostat.engine.arrivals import STEP_BYTES
 from heliostat.engine.batch import Pass, Run, order_of
-from heliostat.engine.scheduler import Step
+from heliostat.engine.step import Step
 from heliostat.errors import Refused
 
 ROUNDS = 20_000

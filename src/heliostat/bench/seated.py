@@ -14,7 +14,7 @@ from heliostat.bench.records import ANSWERED, Record
 from heliostat.bench.workloads import Session
 from heliostat.engine.engine import Engine, Piece
 from heliostat.engine.request import Request, Sampling
-from heliostat.engine.scheduler import Step
+from heliostat.engine.step import Step
 from heliostat.errors import Refused
 from heliostat.family import Row
 

@@ -14,7 +14,8 @@ from heliostat.engine.arrivals import Arrivals
 from heliostat.engine.batch import Run
 from heliostat.engine.page_table import PageTable
 from heliostat.engine.request import FinishReason, Request, State
-from heliostat.engine.scheduler import Scheduler, Step
+from heliostat.engine.scheduler import Scheduler
+from heliostat.engine.step import Step
 from heliostat.engine.store import Fetch
 from heliostat.serve.protocol import Described, Spent
 

@@ -8,6 +8,7 @@ from heliostat.cli.comparing import decode, workflow
 from heliostat.cli.kernels import kernels
 from heliostat.cli.measuring import client, replay
 from heliostat.cli.sizing import workers
+from heliostat.cli.speculating import speculate
 from heliostat.cli.stepping import train
 
 bench = typer.Typer(
@@ -23,3 +24,4 @@ bench.command("workers")(workers)
 bench.command("workflow")(workflow)
 bench.command("decode")(decode)
 bench.command("kernels")(kernels)
+bench.command("speculate")(speculate)

@@ -1,4 +1,4 @@
-"""``heliostat quantize`` and ``module rm``: a module in codebooks beside the one it was made of, and its end."""
+"""``heliostat quantize``, ``module add`` and ``module rm``: modules that are nobody's own, low-bit ones and drafts."""
 
 from __future__ import annotations
 
@@ -118,19 +118,34 @@ def _show(family: Path, name: str, made: Quantized) -> None:
     )
 
 
-module = typer.Typer(add_completion=False, no_args_is_help=True, help="Remove a quantized module.")
+module = typer.Typer(add_completion=False, no_args_is_help=True, help="Add a draft, or remove a module.")
 
 
-@module.callback()
-def _module() -> None:
-    """Remove a quantized module."""
+@module.command("add")
+def _add(
+    family: Family,
+    name: Annotated[str, typer.Argument(metavar="MODULE", show_default=False)],
+    source: Annotated[
+        Path, typer.Option("--from", help="Checkpoint with the family's tokenizer.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Take a small model into the family that drafts for its speakers; it may have any shape, and is no member."""
+    from heliostat.export import import_draft
+
+    made = import_draft(family, name, source)
+    if as_json:
+        return print_json({"module": name, "digest": made.digest, "parameters": made.parameters})
+    print(f"{name} is a module of {family} now, {made.parameters:,} parameters")
+    judge = ["judge", family, "--speaker", "base", "--draft", name, "--data", "PROMPTS.jsonl"]
+    print_next([["serve", family, "--draft", name], judge])
 
 
 @module.command("rm")
 def _remove(
     family: Family, name: Annotated[str, typer.Argument(metavar="MODULE", show_default=False)]
 ) -> None:
-    """Remove a module that `quantize` made and that no member uses."""
+    """Remove a module that no member uses: a quantized one, or a draft."""
     from heliostat.quantize.run import remove_module
 
     remove_module(family, name)

@@ -41,7 +41,10 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "export": Command("families", "export", "Write a member as a Hugging Face folder or adapter.", MAKE),
     "member": Command("families", "member", "Remove or rename a member.", MAKE),
-    "module": Command("quantizing", "module", "Remove a quantized module.", MAKE),
+    "module": Command("quantizing", "module", "Add a draft, or remove a module.", MAKE),
+    "judge": Command(
+        "judging", "judge", "Train a judge of a draft's tokens from the speaker's own answers.", MAKE
+    ),
     "generate": Command("answering", "generate", "Answer one prompt, or a file of prompts.", ASK),
     "chat": Command("chatting", "chat", "Talk with a member, and switch members as you go.", ASK),
     "serve": Command("serving", "serve", "Serve members over HTTP to any OpenAI client.", ASK),

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from heliostat import __version__
 from heliostat.cli.answering import CacheMib, Device, Dtype
+from heliostat.cli.options import given, options_of, taking
 from heliostat.cli.printing import note
+from heliostat.engine.speculation.wanted import Wanted
+
+if TYPE_CHECKING:
+    from heliostat.serve.run import Settings
 
 Fam = Annotated[
     Path | None,
@@ -62,6 +67,7 @@ MaxConnections = Annotated[
 ]
 
 
+@taking(options_of(Wanted))
 def serve(
     family: Fam = None,
     host: Host = "127.0.0.1",
@@ -86,13 +92,13 @@ def serve(
     drain: Drain = 30.0,
     max_body_mib: MaxBody = 8,
     max_connections: MaxConnections = 512,
+    **drafts: Any,
 ) -> None:
     """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once.
 
     With --prefill-workers and --decode-workers, or a --cluster file, worker processes answer instead of this one.
     """
-    from heliostat.serve.run import Settings, cluster_text
-    from heliostat.serve.run import serve as run
+    from heliostat.serve.run import Settings
 
     settings = Settings(
         family=family,
@@ -117,8 +123,21 @@ def serve(
         drain=drain,
         max_body_mib=max_body_mib,
         max_connections=max_connections,
+        wanted=Wanted(**_tuples(given(drafts))),
     )
+    _run(settings, print_cluster=print_cluster)
+
+
+def _tuples(flags: dict[str, Any]) -> dict[str, Any]:
+    """Options that may be given several times, as Wanted takes them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+
+
+def _run(settings: Settings, *, print_cluster: bool) -> None:
+    from heliostat.serve.run import cluster_text
+    from heliostat.serve.run import serve as run
+
     if print_cluster:
         return print(cluster_text(settings), end="")
-    note(f"loading {family or cluster} ...")
+    note(f"loading {settings.family or settings.cluster} ...")
     run(settings, version=__version__)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from heliostat.engine.request import Request
-from heliostat.engine.scheduler import Chunk, Step
+from heliostat.engine.step import Chunk, Step
+
+_NONE: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 Run = tuple[str, str | None]
 """How a module runs: (name of its weights, name of its adapter or None). Equal weights share a pass."""
@@ -62,7 +65,8 @@ class Pass:
     entries: list[Entry] = field(default_factory=list)
     """One a chunk, in the step's order."""
     sampled: list[tuple[int, Request]] = field(default_factory=list)
-    """(row, request): the row's logits choose the request's next token."""
+    """(row, request): the row's logits choose a token of the request's. Several of one request stand together, in
+    order: where drafted tokens are read, each row chooses the token after its own."""
 
 
 @dataclass(slots=True)
@@ -91,10 +95,13 @@ class _Span:
     speaks: bool
 
 
-def passes_of(step: Step, modules: Mapping[str, Run], *, page_size: int) -> list[Pass]:
+def passes_of(
+    step: Step, modules: Mapping[str, Run], *, page_size: int, drafts: Mapping[str, Sequence[int]] = _NONE
+) -> list[Pass]:
     """The passes of a step, in the order in which they must run.
 
-    ``modules`` says how each module runs. Whoever only speaks comes with or after who writes.
+    ``modules`` says how each module runs; ``drafts`` are the tokens behind those that are known, by request. Whoever
+    only speaks comes with or after who writes.
     """
     order = order_of(step.chunks, modules)
     spans: dict[tuple[int, str], list[_Span]] = {(0, weights): [] for weights in order}
@@ -106,10 +113,10 @@ def passes_of(step: Step, modules: Mapping[str, Run], *, page_size: int) -> list
         if speaker != writer:
             # Weights whose turn is not over take the speaker's row along; others run once more.
             late = order.get(speaker[0], -1) < order[writer[0]]
-            span = _Span(chunk, speaker[1], chunk.stop - 1, False, True)
+            span = _Span(chunk, speaker[1], chunk.stop - 1 - chunk.ahead, False, True)
             spans.setdefault((int(late), speaker[0]), []).append(span)
     rounds = sorted(spans.items(), key=lambda item: item[0][0])  # stable: keeps the order inside a round
-    return [_pass(weights, found, page_size) for (_, weights), found in rounds]
+    return [_pass(weights, found, page_size, drafts) for (_, weights), found in rounds]
 
 
 def order_of(chunks: Sequence[Chunk], modules: Mapping[str, Run]) -> dict[str, int]:
@@ -123,23 +130,25 @@ def order_of(chunks: Sequence[Chunk], modules: Mapping[str, Run]) -> dict[str, i
     return {weights: number for number, weights in enumerate(sorted(writing, key=lambda w: visits[w]))}
 
 
-def _pass(weights: str, spans: Sequence[_Span], page_size: int) -> Pass:
+def _pass(weights: str, spans: Sequence[_Span], page_size: int, drafts: Mapping[str, Sequence[int]]) -> Pass:
     made = Pass(weights)
     entries = {span.chunk.request.id: Entry([], span.chunk.pages, []) for span in spans}
     for span in sorted(spans, key=lambda s: (s.adapter is not None, s.adapter or "")):
-        rows = _add_rows(made, span, page_size)
+        rows = _add_rows(made, span, page_size, drafts.get(span.chunk.request.id, ()))
         entry = entries[span.chunk.request.id]
         entry.rows.extend(rows)
         entry.visible.extend(range(span.start + 1, span.chunk.stop + 1))
         if span.speaks:
-            made.sampled.append((rows[-1], span.chunk.request))
+            made.sampled.extend((row, span.chunk.request) for row in rows[-1 - span.chunk.ahead :])
     made.entries.extend(entries.values())
     return made
 
 
-def _add_rows(made: Pass, span: _Span, page_size: int) -> range:
+def _add_rows(made: Pass, span: _Span, page_size: int, drafted: Sequence[int]) -> range:
     chunk, first = span.chunk, len(made.tokens)
     made.tokens.extend(chunk.request.token_ids(span.start, chunk.stop))
+    known = chunk.request.length
+    made.tokens.extend(drafted[max(span.start - known, 0) : max(chunk.stop - known, 0)])
     made.positions.extend(range(span.start, chunk.stop))
     rows = range(first, len(made.tokens))
     if span.writes:

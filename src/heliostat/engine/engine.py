@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
+
+from torch import Tensor
 
 from heliostat.build import Loaded, take_off
 from heliostat.engine.answer import Spoken
@@ -17,8 +19,13 @@ from heliostat.engine.paged import PagePool
 from heliostat.engine.prefixes import Prefixes
 from heliostat.engine.request import FinishReason, Request, State
 from heliostat.engine.runner import Runner
-from heliostat.engine.sampler import Draw, Sampled, sample
-from heliostat.engine.scheduler import Scheduler, Step
+from heliostat.engine.sampler import Draw, Sampled
+from heliostat.engine.scheduler import Scheduler
+from heliostat.engine.speculation.drafting import Drafted
+from heliostat.engine.speculation.rule import Speculated
+from heliostat.engine.speculation.speculator import Drafting, Room, Speculator
+from heliostat.engine.speculation.verifying import Turn, choose, turns_of
+from heliostat.engine.step import Step
 from heliostat.engine.store import Fetch, Store
 from heliostat.errors import Refused
 from heliostat.model.tokenizer import Tokenizer
@@ -31,7 +38,7 @@ MAX_TOKENS_PER_STEP = 2048
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added to one answer."""
+    """A token that one step added to one answer; where drafted ones were taken there are several."""
 
     request: Request
     text: str
@@ -40,6 +47,10 @@ class Piece:
     finish_reason: FinishReason | None = None
     why: str = ""
     """More about a reason that is none of the answer's own."""
+    place: int = 0
+    """Of the token in the answer."""
+    speculated: Speculated | None = None
+    """What was drafted in the step, and came of it: with the first of its tokens."""
 
 
 class Engine:
@@ -60,10 +71,12 @@ class Engine:
         max_running: int = 64,
         max_tokens_per_step: int = MAX_TOKENS_PER_STEP,
         share: tuple[str, str] | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         """``modules`` are those that the rows of requests may name; all of one shape, on one device (see ``load``).
 
-        ``share``: name and incarnation of the memory in which its pages lie for other engines to read.
+        ``share``: name and incarnation of the memory in which its pages lie for other engines to read. ``drafting``:
+        who drafts for requests that ask for it.
         """
         if not modules:
             raise Refused("an engine needs at least one module")
@@ -72,6 +85,7 @@ class Engine:
             raise Refused(f"max_length is {max_length}; the model runs {longest} tokens exactly, and no more")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.runner = Runner(modules, pages=pages, page_size=page_size, share=share)
+        self.speculator: Speculator | None = None
         self.digests: dict[str, str] = {}
         """What the modules are now, by name: a request takes those of its row along."""
         self._runs: dict[str, tuple[str, str | None]] = {}
@@ -87,6 +101,14 @@ class Engine:
             max_tokens_per_step=max_tokens_per_step,
             eos_ids=tokenizer.eos_ids,
         )
+        if drafting is not None:
+            room = Room(
+                pages=pages,
+                max_length=max_length,
+                max_tokens_per_step=max_tokens_per_step,
+                eos=tokenizer.eos_ids,
+            )
+            self.speculator = Speculator(drafting, self.runner, room, config=self.config)
         self._spoken: dict[str, Spoken] = {}
         self.arrivals = Arrivals(self.scheduler)
         self.latest = Step(())
@@ -120,7 +142,12 @@ class Engine:
             self.digests[name] = f"{module.digest}/{kind}"
             self._runs[name] = (module.weights, module.adapter)
             self.runner.models[module.weights] = module.model
+        self._changed()
+
+    def _changed(self) -> None:
         self.runner.changed()
+        if self.speculator is not None:
+            self.speculator.changed()
 
     def unload(self, names: Collection[str]) -> None:
         """Let modules go, between two steps; weights that no other module runs on are given up, adapters taken off.
@@ -134,7 +161,7 @@ class Engine:
             raise Refused(
                 f"module {', '.join(busy)} is needed by unfinished requests: wait for them or abort them"
             )
-        self.runner.changed()
+        self._changed()
         for name in dict.fromkeys(names):
             weights, adapter = self._runs.pop(name)
             del self.digests[name]
@@ -177,6 +204,8 @@ class Engine:
     def _forget(self, request_id: str) -> None:
         self._spoken.pop(request_id, None)
         self.arrivals.forget(request_id)
+        if self.speculator is not None:
+            self.speculator.forget(request_id)
 
     def _refuse_unfit(self, request: Request) -> None:
         self._refuse_missing(request.needs)
@@ -191,6 +220,13 @@ class Engine:
             raise Refused(f"the prompt holds token ids outside [0, {size})")
         if strange := [token for token in request.sampling.logit_bias if not 0 <= token < size]:
             raise Refused(f"logit_bias names token ids outside [0, {size}): {strange}")
+        if self.speculator is not None:
+            self.speculator.refuse(request)
+        elif request.speculation is not None:
+            raise Refused(
+                f"nothing is drafted here, so the rule {request.speculation} has nothing to verify: start with a draft "
+                "(--draft ngram, or a module's name), or leave speculation out"
+            )
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it stands, handed over too; its pages are free at once. False if it is not here."""
@@ -207,37 +243,58 @@ class Engine:
         """
         if not self.unfinished:
             return []
+        if self.speculator is not None:
+            self.speculator.plan(self.scheduler.decoding)
         self.latest = step = self.scheduler.schedule()
         before = self.arrivals.bytes
         gone = self.arrivals.bring()
         lost, self.scheduler.lost = self.scheduler.lost, []
         self._untold += [self._ended(request, why) for request, why in gone]
         self._untold += [self._ended(request) for request in (*lost, *step.handed)]
-        said = self._run(step) if step.chunks else self._commit(step, [], [])
+        said = self._run(step) if step.chunks else self._commit(step, [])
         told, self._untold = self._untold, []
         moved = step.chunks or step.preempted or said or told or self.arrivals.bytes > before
         self.stalled = not moved
         return said + told
 
     def _run(self, step: Step) -> list[Piece]:
+        turns: list[Turn] = []
         try:
-            requests, logits = self.runner.run(passes_of(step, self._runs, page_size=self.table.page_size))
+            drafts = self.speculator.draft(step) if self.speculator is not None else {}
+            requests, logits, states = self._forward(step, drafts)
             highest, fine = (found.tolist() for found in best(logits))
-            broken = [request for request, whole in zip(requests, fine, strict=True) if not whole]
-            drawn = sample(logits, [self._draw(r) for r in requests], highest) if not broken else []
+            broken = dict.fromkeys(r for r, whole in zip(requests, fine, strict=True) if not whole)
+            if not broken:
+                turns = turns_of(requests, drafts)
+                if self.speculator is not None:
+                    self.speculator.judge(turns, states)
+                choose(turns, logits, highest, self._draw)
         except BaseException:
             self.scheduler.abandon(step)
             raise
         if broken:
             self.scheduler.abandon(step)
-            self._refuse_broken(broken)
-        return self._commit(step, requests, drawn)
+            self._refuse_broken(list(broken))
+        if self.speculator is not None:
+            self.speculator.note(step, turns)
+        return self._commit(step, turns)
 
-    def _commit(self, step: Step, requests: Sequence[Request], drawn: Sequence[Sampled]) -> list[Piece]:
-        finished = self.scheduler.commit(step, {r.id: s.token for r, s in zip(requests, drawn, strict=True)})
-        said = [self._piece(r, s) for r, s in zip(requests, drawn, strict=True)]
-        spoke = {request.id for request in requests}
-        return said + [self._ended(request) for request in finished if request.id not in spoke]
+    def _forward(
+        self, step: Step, drafts: Mapping[str, Drafted]
+    ) -> tuple[list[Request], Tensor, list[Tensor]]:
+        """Who speaks, once for each row, by which logits, out of which states of each pass."""
+        tokens = {name: drafted.tokens for name, drafted in drafts.items()}
+        passes = passes_of(step, self._runs, page_size=self.table.page_size, drafts=tokens)
+        states: list[Tensor] = []
+        return *self.runner.run(passes, states), states
+
+    def _commit(self, step: Step, turns: Sequence[Turn]) -> list[Piece]:
+        firsts = [len(turn.request.answer) for turn in turns]
+        last = {turn.request.id: turn.said[-1].token for turn in turns}
+        taken = {turn.request.id: turn.ids[:-1] for turn in turns if len(turn.said) > 1}
+        finished = self.scheduler.commit(step, last, taken)
+        said = [p for turn, first in zip(turns, firsts, strict=True) for p in self._pieces(turn, first)]
+        return said + [self._ended(request) for request in finished if request.id not in last]
 
     def _ended(self, request: Request, why: str = "") -> Piece:
         """A piece without a token: the request is handed over, or cannot go on here."""
@@ -245,13 +302,15 @@ class Engine:
         reason: FinishReason = "handed" if request.state is State.HANDED else request.finish_reason or "abort"
         return Piece(request, "", None, reason, why)
 
-    def _draw(self, request: Request) -> Draw:
+    def _draw(self, request: Request, said: Sequence[int] = ()) -> Draw:
+        """How a request's next token is to be chosen, behind what it ``said`` in this step."""
+        answer = [*request.answer, *said] if said else request.answer
         try:
-            allowed = None if request.matcher is None else request.matcher.allowed(request.answer)
+            allowed = None if request.matcher is None else request.matcher.allowed(answer)
         except Refused:
             self.abort(request.id)  # it would be stuck at every step
             raise
-        return Draw(request.sampling, request.answer, self.tokenizer.eos_ids, allowed)
+        return Draw(request.sampling, answer, self.tokenizer.eos_ids, allowed)
 
     def _refuse_broken(self, broken: Sequence[Request]) -> NoReturn:
         for request in broken:
@@ -264,21 +323,39 @@ class Engine:
             "in bfloat16, try --dtype float32"
         )
 
-    def _piece(self, request: Request, sampled: Sampled) -> Piece:
-        spoken = self._spoken[request.id]
-        ended = request.finish_reason == "stop"  # the end token itself is no text
+    def _pieces(self, turn: Turn, first: int) -> list[Piece]:
+        """What a turn added to its answer, whose tokens from ``first`` on are new: one for each, until it ended."""
+        request, found = turn.request, list[Piece]()
+        for place, sampled in enumerate(turn.said[: len(request.answer) - first], first):
+            found.append(self._piece(request, sampled, place))
+            if found[-1].finish_reason is not None:
+                break
+        if turn.drafted.tokens and found:
+            accepted = min(turn.accepted, len(found))
+            told = Speculated(len(turn.drafted.tokens), accepted, min(turn.judged, accepted))
+            request.speculated.add(told.drafted, told.accepted, told.judged)
+            found[0] = replace(found[0], speculated=told)
+        return found
+
+    def _piece(self, request: Request, sampled: Sampled, place: int) -> Piece:
+        spoken, last = self._spoken[request.id], place == len(request.answer) - 1
+        ended = last and request.finish_reason == "stop"  # the end token itself is no text
         text = "" if ended else spoken.push(sampled.token)
-        if spoken.stopped and request.finish_reason is None:
-            self.scheduler.finish(request.id, "stop")
+        if spoken.stopped:
+            last = True
+            del request.answer[place + 1 :]  # taken in the same step, and never said
+            if request.finish_reason is None:
+                self.scheduler.finish(request.id, "stop")
+        if not last:
+            return Piece(request, text, sampled, place=place)
         if request.state is State.HANDED:
             self._forget(request.id)  # what it holds back is told by who goes on
-            return Piece(request, text, sampled, "handed")
+            return Piece(request, text, sampled, "handed", place=place)
         if request.finish_reason is not None:
             text += spoken.finish()
             self._forget(request.id)
-            reason: FinishReason | None = "stop" if spoken.stopped else request.finish_reason
-            request.finish_reason = reason
-        return Piece(request, text, sampled, request.finish_reason)
+            request.finish_reason = "stop" if spoken.stopped else request.finish_reason
+        return Piece(request, text, sampled, request.finish_reason, place=place)
 
 
 def longest_that_fits(model: Transformer | Shape, *, cache_mib: int) -> int:

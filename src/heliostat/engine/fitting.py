@@ -35,7 +35,7 @@ def refuse_misfits(
                 f"module {name!r} runs on other weights than those loaded as {module.weights!r}: put it on the "
                 "model that is loaded (load_modules takes it as models), or unload what uses that first"
             )
-        _refuse_shape(name, module.model.config, config)
+        refuse_shape(name, module.model.config, config)
         _refuse_format(name, module.model, pool)
         if module.model.config.max_length < max_length:
             raise Refused(
@@ -53,7 +53,8 @@ def fit_of(config: ModelConfig, *, tokenizer: str, dtype: str, page_size: int) -
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _refuse_shape(name: str, found: ModelConfig, wanted: ModelConfig) -> None:
+def refuse_shape(name: str, found: ModelConfig, wanted: ModelConfig) -> None:
+    """Raise Refused for a module that cannot read what those loaded write."""
     for what in _SHAPE:
         ours, theirs = getattr(wanted, what), getattr(found, what)
         if ours != theirs:

@@ -99,11 +99,17 @@ class Matcher:
         self._read = 0  # tokens of the answer that the grammar has seen
 
     def allowed(self, answer: Sequence[int]) -> bytes:
-        """One bit a token, the lowest first: those that may follow ``answer``, which only ever grows.
+        """One bit a token, the lowest first: those that may follow ``answer``.
 
-        End tokens are among them exactly where the answer is whole. Refused where the grammar cannot go on.
+        It grows, or comes back to a beginning of what was asked about last. End tokens are among them exactly where the
+        answer is whole. Refused where the grammar cannot go on.
         """
         # Read only now: a step that was abandoned, or replayed after preemption, never advances it twice.
+        if self._read > len(
+            answer
+        ):  # drafted tokens, of a step that was abandoned, or that were only looked at
+            self._inner.rollback(self._read - len(answer))
+            self._read = len(answer)
         new, self._read = list(answer[self._read :]), len(answer)
         if self._inner.consume_tokens(new):
             bits: bytes = self._inner.compute_bitmask()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +10,13 @@ import torch
 
 from heliostat.build import config_of
 from heliostat.engine.engine import MAX_TOKENS_PER_STEP, PAGE_SIZE, longest_that_fits, pages_that_fit
-from heliostat.engine.ledger import Ledger, Shape, ledger_of, room_of
+from heliostat.engine.ledger import Ledger, Shape, ledger_of, room_of, weights_of
+from heliostat.engine.paged import PagePool
+from heliostat.engine.speculation.wanted import Wanted
 from heliostat.family import Family
 from heliostat.model.transformer import Transformer
+
+NOTHING = Wanted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,9 @@ def plan_of(
     max_length: int | None,
     cache_mib: int,
     max_running: int,
+    wanted: Wanted = NOTHING,
 ) -> Plan:
-    """The plan for these modules; only configs and heads of files are read.
+    """The plan for these modules; only configs and heads of files are read. ``wanted``: what is drafted.
 
     Raises Refused where not even one request of full length fits into ``cache_mib``.
     """
@@ -51,7 +56,33 @@ def plan_of(
         max_running=max_running,
         max_tokens_per_step=MAX_TOKENS_PER_STEP,
     )
-    return Plan(longest, pages, ledger)
+    lines = _of_drafts(folder, family, modules, wanted, dtype, pages=pages, most=max_running * wanted.ahead)
+    return Plan(longest, pages, Ledger((*ledger.lines, *lines)))
+
+
+def _of_drafts(
+    folder: Path,
+    family: Family,
+    modules: Sequence[str],
+    wanted: Wanted,
+    dtype: torch.dtype,
+    *,
+    pages: int,
+    most: int,
+) -> Iterator[tuple[str, int]]:
+    """Logits of so many drafted tokens at ``most``; a module's weights, if they are not there anyway; and its pages, as
+    many as the speakers', if it does not read theirs."""
+    if wanted.draft is None:
+        return
+    rows, size = min(most, MAX_TOKENS_PER_STEP), config_of(folder, family, modules[0]).vocabulary
+    yield "logits of drafted tokens, at most", rows * size * dtype.itemsize
+    if (draft := wanted.module) is None:
+        return
+    weights = {family.module(name).weights for name in modules}
+    yield from weights_of(folder, family, [draft], dtype=dtype, there={*modules, *weights}).lines
+    if family.module(family.module(draft).weights).quantization is None:
+        each = PagePool.bytes_per_page(config_of(folder, family, draft), page_size=PAGE_SIZE, dtype=dtype)
+        yield f"{pages} pages of the draft {draft}", pages * each
 
 
 def plan_around(

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Literal, Protocol
 
+from heliostat.engine.speculation.rule import Rule, Speculated
 from heliostat.errors import Refused
 from heliostat.family import Row
 
@@ -106,6 +107,8 @@ class Matcher(Protocol):
     def allowed(self, answer: Sequence[int]) -> bytes:
         """One bit a token id, the lowest first: those that may follow ``answer``; end tokens where it is whole.
 
+        Asked next about an answer that goes on from this one, or about a beginning of it.
+
         Raises Refused where the grammar cannot go on.
         """
 
@@ -138,6 +141,8 @@ class Request:
     """What stands below the boundary is brought in from elsewhere, page by page, and not run."""
     replays: bool = True
     """Whether what it fetched could be run here as well, if its pages are lost."""
+    speculation: Rule | None = None
+    """By which rule drafted tokens are taken; None: none are drafted."""
 
     answer: list[int] = field(default_factory=list)
     computed: int = 0
@@ -157,6 +162,9 @@ class Request:
     preemptions: int = 0
     cached_tokens: int = 0
     """Prompt tokens that never had to run because their pages were there already."""
+    ahead: int = 0
+    """Most tokens to be drafted for it in the next step in which it decodes."""
+    speculated: Speculated = field(default_factory=Speculated)
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -35,11 +35,12 @@ class Runner:
         page_size: int,
         share: tuple[str, str] | None = None,
         record: Record | None = None,
+        pool: PagePool | None = None,
     ) -> None:
         """All modules must have the shape of one config; the pool is float32 if any of them is.
 
         ``share``: as PagePool's. ``record``: how decode passes are recorded; None: as CUDA graphs on a GPU,
-        elsewhere not at all.
+        elsewhere not at all. ``pool``: another runner's, which this one reads and writes, too.
         """
         models = {module.weights: module.model for module in modules.values()}
         first = next(iter(models.values()))
@@ -50,7 +51,7 @@ class Runner:
         if record is None and self.device.type == "cuda":
             record = CudaRecorder()
         scratch = int(record is not None)  # one page more, that no request is given
-        self.pool = PagePool(
+        self.pool = pool or PagePool(
             first.config,
             pages=pages + scratch,
             page_size=page_size,
@@ -62,8 +63,11 @@ class Runner:
         self.ran = Ran()
 
     @torch.inference_mode()
-    def run(self, passes: Sequence[Pass]) -> tuple[list[Request], Tensor]:
-        """Run the passes in order; returns the requests that get a token and their logits [N, V]."""
+    def run(self, passes: Sequence[Pass], states: list[Tensor] | None = None) -> tuple[list[Request], Tensor]:
+        """Run the passes in order; returns the requests that get a token, once for each row, and their logits [N, V].
+
+        ``states`` is given the hidden states [n, E] behind them, pass by pass.
+        """
         requests: list[Request] = []
         logits: list[Tensor] = []
         for each in passes:
@@ -74,6 +78,8 @@ class Runner:
                 if len(rows) < len(hidden):  # else every row speaks, in order
                     hidden = hidden[self._tensor(rows)]
                 logits.append(self.models[each.weights].logits(hidden))
+                if states is not None:
+                    states.append(hidden)
                 requests += [request for _, request in each.sampled]
         if len(logits) == 1:
             return requests, logits[0]

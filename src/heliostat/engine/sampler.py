@@ -53,7 +53,7 @@ def sample(logits: Tensor, draws: Sequence[Draw], highest: Sequence[int] | None 
         chosen = _choose(logits[wishing].float(), [draws[row] for row in wishing])
         for row, token in zip(wishing, chosen, strict=True):
             tokens[row] = token
-    return _report(logits, tokens, draws)
+    return report(logits, tokens, draws)
 
 
 def _wishes(draw: Draw) -> bool:
@@ -140,7 +140,8 @@ def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     return order.gather(1, place).squeeze(1)
 
 
-def _report(logits: Tensor, tokens: list[int], draws: Sequence[Draw]) -> list[Sampled]:
+def report(logits: Tensor, tokens: Sequence[int], draws: Sequence[Draw]) -> list[Sampled]:
+    """The tokens that were chosen by rows of ``logits`` [N, V], with the log-probabilities that were asked for."""
     found = [Sampled(token) for token in tokens]
     asked = [row for row, draw in enumerate(draws) if draw.sampling.logprobs is not None]
     if not asked:

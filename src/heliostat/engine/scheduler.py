@@ -6,43 +6,20 @@ It knows rows and positions, and no module's weights; ``batch`` makes passes of 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from heliostat.engine.page_table import PageTable
 from heliostat.engine.request import FinishReason, Request, State
+from heliostat.engine.step import Chunk, Step
+from heliostat.engine.writing import Writing, completed
 from heliostat.errors import Refused
 
 WINDOW = 16
 """Of those that wait, so many of the earliest are looked at for pages that are there already."""
 OVERTAKEN = 32
 """Nobody is overtaken more often by those whose pages are there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Positions [start, stop) of a request, all written by ``writer``. Decoding is a chunk of one position.
-
-    ``speaker`` is the module whose logits at stop - 1 choose the next token; None where that token is known.
-    ``pages`` are the request's pages up to stop, as they were when this was scheduled.
-    """
-
-    request: Request
-    start: int
-    stop: int
-    writer: str
-    speaker: str | None
-    pages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What runs together: at most one chunk a request, in the order of arrival."""
-
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[Request, ...] = ()
-    handed: tuple[Request, ...] = ()
-    """Those that found all they were to run in the cache."""
 
 
 class Scheduler:
@@ -102,6 +79,11 @@ class Scheduler:
         return [*self.running, *self.handed.values()]
 
     @property
+    def decoding(self) -> list[Request]:
+        """Those whose next chunk is one position that the answer_writer writes, by arrival."""
+        return [r for r in self.running if r.length - r.computed == 1 and r.computed >= r.boundary]
+
+    @property
     def arriving(self) -> list[Request]:
         """Those that hold pages which are still to be filled from elsewhere, by arrival."""
         return [request for request in self.running if request.arriving]
@@ -150,23 +132,47 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step; it must be committed or abandoned before the one after it is scheduled."""
         assert self._in_flight is None, "the step before was neither committed nor abandoned"
-        writing = _Writing(self.table)
+        writing = Writing(self.table)
         stops = self._stops(writing)
         chunks, preempted = self._reserve(stops)
         if not preempted:  # a pool that just ran out has no room for newcomers
             budget = self.max_tokens_per_step - sum(c.stop - c.start for c in chunks)
             chunks += self._admit(writing, budget=budget)
+            budget = self.max_tokens_per_step - sum(c.stop - c.start for c in chunks)
             chunks.sort(key=lambda chunk: chunk.request.arrival)
+            chunks = self._look_ahead(chunks, budget)
         handed = tuple(r for r in self.running if r.hands_over and r.computed >= r.goal)
         for request in handed:
             self._hand_over(request)
         self._in_flight = Step(tuple(chunks), tuple(preempted), handed)
         return self._in_flight
 
-    def commit(self, step: Step, tokens: Mapping[str, int]) -> list[Request]:
-        """The step has run and chose ``tokens`` (request id -> token id, one for each chunk with a speaker).
+    def _look_ahead(self, chunks: Sequence[Chunk], budget: int) -> list[Chunk]:
+        """The same with drafted tokens where they are wished for: in what room is left, and nobody gives up any."""
+        found = []
+        for chunk in chunks:
+            request, size, count = chunk.request, self.table.page_size, 0
+            if request.ahead and chunk.start == request.length - 1 and chunk.start >= request.boundary:
+                room = (len(request.pages) + self.table.available()) * size - chunk.stop
+                count = min(request.ahead, budget, room)
+            if count > 0:
+                stop = chunk.stop + count
+                request.pages += self.table.allocate(self.table.pages_for(stop) - len(request.pages))
+                chunk = replace(chunk, stop=stop, pages=tuple(request.pages), ahead=count)
+                budget -= count
+            found.append(chunk)
+        return found
 
-        Returns the requests that it finished or handed over.
+    def commit(
+        self,
+        step: Step,
+        tokens: Mapping[str, int],
+        accepted: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ) -> list[Request]:
+        """The step has run and chose ``tokens`` (request id -> token id, one for each chunk with a speaker), behind
+        those ``accepted`` of the drafted ones.
+
+        Returns the requests that it finished or handed over. What an answer ended before is not said.
         """
         assert step is self._in_flight, "only the step that was scheduled last can be committed, once"
         self._in_flight = None
@@ -175,34 +181,53 @@ class Scheduler:
             request = chunk.request
             if request.state is not State.RUNNING:  # ended while the step was running
                 continue
-            request.computed = chunk.stop
-            for index in _completed(chunk.start, chunk.stop, self.table.page_size):
+            said = [*accepted.get(request.id, ()), tokens[request.id]] if chunk.speaker is not None else []
+            reason = self._say(request, said)
+            # Drafted tokens that were not taken are written over: no page of theirs is kept, or offered.
+            request.computed = min(chunk.stop, request.length - bool(said))
+            for index in completed(chunk.start, request.computed, self.table.page_size):
                 self.table.publish(request, index)
-            if chunk.speaker is not None:
-                request.answer.append(tokens[request.id])
-                if (reason := self.reason_to_end(request)) is not None:
-                    self._end(request, reason)
-                    finished.append(request)
-                    continue
-            if request.hands_over and request.computed >= request.boundary:
+            self._give_back(chunk)
+            if reason is not None:
+                self._end(request, reason)
+                finished.append(request)
+            elif request.hands_over and request.computed >= request.boundary:
                 self._hand_over(request)
                 finished.append(request)
         return finished
+
+    def _say(self, request: Request, tokens: Sequence[int]) -> FinishReason | None:
+        """Add tokens to an answer until it ends; why it did."""
+        for token in tokens:
+            request.answer.append(token)
+            if (reason := self.reason_to_end(request)) is not None:
+                return reason
+        return None
+
+    def _give_back(self, chunk: Chunk) -> None:
+        """Pages behind what is computed now, which a chunk had for drafted tokens."""
+        request = chunk.request
+        if chunk.ahead and request.state is State.RUNNING:
+            keep = self.table.pages_for(request.computed)
+            self.table.release(request.pages[keep:])
+            del request.pages[keep:]
 
     def arrived(self, request: Request, pages: int) -> None:
         """So many more pages that it fetches are filled, whole; the last may reach over the boundary."""
         size, start = self.table.page_size, request.computed
         assert request.state is State.RUNNING and request.arriving and start % size == 0
         request.computed = min(start + pages * size, request.boundary)
-        for index in _completed(start, request.computed, size):
+        for index in completed(start, request.computed, size):
             self.table.publish(request, index)
 
     def abandon(self, step: Step) -> None:
         """The step did not run, or not to its end: its positions are still to be computed."""
         assert step is self._in_flight
         self._in_flight = None
+        for chunk in step.chunks:
+            self._give_back(chunk)
 
-    def _stops(self, writing: _Writing) -> dict[str, int]:
+    def _stops(self, writing: Writing) -> dict[str, int]:
         """How far each running request should get: decoding ones first, then prefills, by arrival."""
         # max_running <= max_tokens_per_step leaves at least one position for the earliest prefill.
         stops: dict[str, int] = {}
@@ -256,7 +281,7 @@ class Scheduler:
         request.state = State.WAITING
         bisect.insort(self.waiting, request, key=_arrival)
 
-    def _admit(self, writing: _Writing, *, budget: int) -> list[Chunk]:
+    def _admit(self, writing: Writing, *, budget: int) -> list[Chunk]:
         """In turn; who waits for a page that is just being written is passed over."""
         chunks: list[Chunk] = []
         for request in self._in_turn() if budget else ():
@@ -359,30 +384,6 @@ class Scheduler:
         request.state, request.finish_reason = State.FINISHED, reason
 
 
-class _Writing:
-    """Pages that a step completes, by key: who needs one next waits for it instead of computing a twin.
-
-    One waits only for a request that arrived earlier, so the earliest never waits for anybody.
-    """
-
-    def __init__(self, table: PageTable) -> None:
-        self._table = table
-        self._arrivals: dict[bytes, int] = {}
-
-    def note(self, request: Request, stop: int) -> None:
-        for index in _completed(request.computed, stop, self._table.page_size):
-            if (key := self._table.key_of(request, index)) is not None:
-                self._arrivals[key] = min(request.arrival, self._arrivals.get(key, request.arrival))
-
-    def by_earlier(self, request: Request, index: int) -> bool:
-        """Whether the request's page ``index``, where it goes on, is being written for an earlier arrival."""
-        size = self._table.page_size
-        if request.computed < len(request.pages) * size or index >= request.cacheable // size:
-            return False  # it goes on inside a page of its own, or must run that page for its logits
-        key = self._table.key_of(request, index)
-        return key is not None and self._arrivals.get(key, request.arrival) < request.arrival
-
-
 def _arrival(request: Request) -> int:
     return request.arrival
 
@@ -391,8 +392,3 @@ def _stop(request: Request, budget: int) -> int:
     """End of the next chunk: what is known and affordable, and never across the boundary."""
     start, boundary = request.computed, request.boundary
     return min(request.goal, start + budget, boundary if start < boundary else request.goal)
-
-
-def _completed(start: int, stop: int, page_size: int) -> range:
-    """Pages that positions [start, stop) fill to the end."""
-    return range(start // page_size, stop // page_size)

@@ -108,6 +108,7 @@ class Asking(Loose):
     user: str | None = None
     return_token_ids: bool | None = False
     timings: bool | None = False
+    speculation: str | None = None
 
     @model_validator(mode="after")
     def _timings_have_a_place(self) -> Self:

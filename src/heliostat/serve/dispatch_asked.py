@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from msgspec.structs import replace
 
+from heliostat.engine.speculation.rule import Speculated
 from heliostat.errors import Refused
 from heliostat.serve.protocol import Failed, Handle, Order, Said, Spent
 from heliostat.serve.router import Route
@@ -45,6 +46,8 @@ class Open:
     answer: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     preemptions: int = 0
+    speculated: Speculated = field(default_factory=Speculated)
+    """Over all attempts."""
     tries: int = 0
     waits_for: str = ""
     """Why no worker has it; empty where one has."""
@@ -88,6 +91,8 @@ class Open:
     def hear(self, said: Said, now: float) -> None:
         """One more token, for the client."""
         self.answer.append(said.sampled.token)
+        if said.speculated is not None:
+            self.speculated.add(*said.speculated)
         self.last, self.preemptions = now, max(self.preemptions, said.preemptions)
         self.asked.inbox.put_nowait((self.place, said))
 

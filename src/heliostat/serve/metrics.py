@@ -58,6 +58,15 @@ class Metrics:
         )
         self.bytes = self._counter("transfer_bytes", "Bytes of pages that came from another worker", "worker")
         self.retries = self._counter("retries", "Attempts that a worker failed", "reason")
+        self.speculated = {
+            "drafted": self._counter("drafted_tokens", "Tokens that were drafted", "rule"),
+            "accepted": self._counter(
+                "accepted_tokens", "Drafted tokens that became part of an answer", "rule"
+            ),
+            "judged": self._counter(
+                "judged_tokens", "Of these, tokens that the speaker had not chosen itself", "rule"
+            ),
+        }
         self.refused = Counter(
             f"{OURS}requests_refused", "Requests not taken in", ["status"], registry=self.registry
         )
@@ -111,6 +120,9 @@ class Metrics:
         else:
             self.first.labels(member).observe(now - request.began)
             self._count_prompt(request)
+        if said.speculated is not None:
+            for counter, count in zip(self.speculated.values(), said.speculated, strict=True):
+                counter.labels(member, request.order.speculation or "").inc(count)
         if said.preemptions > request.preemptions:
             self.preemptions.labels(member).inc(said.preemptions - request.preemptions)
         if said.finish is not None:
@@ -129,6 +141,17 @@ class Metrics:
             for sample in metric.samples:
                 sums.setdefault(sample.labels["member"], {})[sample.name.rpartition("_")[2]] = sample.value
         return {member: s["sum"] / s["count"] for member, s in sums.items() if s.get("count")}
+
+    def speculation(self) -> dict[tuple[str, str], tuple[int, int, int]]:
+        """(member, rule) -> tokens drafted, accepted, judged; of those for whom any were drafted."""
+        found: dict[tuple[str, str], dict[str, int]] = {}
+        for what, counter in self.speculated.items():
+            for sample in (
+                s for metric in counter.collect() for s in metric.samples if s.name.endswith("_total")
+            ):
+                pair = sample.labels["member"], sample.labels["rule"]
+                found.setdefault(pair, {})[what] = int(sample.value)
+        return {pair: (one["drafted"], one["accepted"], one["judged"]) for pair, one in sorted(found.items())}
 
 
 class _Now(Collector):

@@ -121,6 +121,12 @@ async def _facts(service: Service, tenant: Tenant) -> dict[str, Any]:
             for pair, met in sorted(now.prefixes.items())
             if all(map(tenant.may, pair))
         ],
+        "draft": service.wanted.draft,
+        "speculation": [
+            (member, rule, *counts)
+            for (member, rule), counts in metrics.speculation().items()
+            if tenant.may(member)
+        ],
         "workers": [_hosted(standing, known) for standing in now.workers],
         "pages": now.pages,
         "used": now.pages - now.available,

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import Popen
 
@@ -18,11 +18,12 @@ import zmq
 from heliostat.build import best_dtype, device_named
 from heliostat.engine.ledger import MIB, Ledger, available_memory
 from heliostat.engine.plan import plan_of
+from heliostat.engine.speculation.wanted import Wanted
 from heliostat.engine.store import sweep
 from heliostat.errors import Refused
 from heliostat.family import Family
 from heliostat.llm import parse_dtype
-from heliostat.serve.cluster import Cluster, Place
+from heliostat.serve.cluster import DECODE, Cluster, Place
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.link import Wire
 from heliostat.serve.link_client import RemoteWorker
@@ -49,6 +50,11 @@ class Means:
     cache_mib: int = 1024
     max_length: int | None = None
     max_running: int = 64
+    wanted: Wanted = field(default_factory=Wanted)
+
+    def drafts(self, place: Place) -> Wanted:
+        """What the worker of a place drafts: who only reads prompts, nothing."""
+        return self.wanted if DECODE in place.roles else Wanted()
 
 
 class Process:
@@ -120,6 +126,7 @@ class Starter:
             threads=place.threads or self._share,
             endpoint=str(endpoint),
             store_prefix=self._store,
+            wanted=self._means.drafts(place),
         )
         process = spawn(settings)
         try:
@@ -202,5 +209,6 @@ def _ledger(place: Place, family: Family, means: Means, cache: int) -> Ledger:
         max_length=means.max_length,
         cache_mib=cache,
         max_running=means.max_running,
+        wanted=means.drafts(place),
     )
     return plan.ledger

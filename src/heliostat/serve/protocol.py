@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from heliostat.engine.request import Sampling
+from heliostat.engine.speculation.wanted import Wanted
 from heliostat.family import Row
 
 Role = Literal["prefill", "decode"]
@@ -74,6 +75,8 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """JSON schema that the answer must keep to."""
     salt: str = ""
     """The tenant's."""
+    speculation: str | None = None
+    """The rule by which drafted tokens are taken; None: none are drafted."""
     seconds: float | None = None
     """Left until its deadline, when it was sent; None: there is none."""
 
@@ -151,6 +154,9 @@ class Said(msgspec.Struct, frozen=True, tag=True):
     """So far, at this worker."""
     spent: Spent | None = None
     """With the first token that this worker says."""
+    speculated: tuple[int, int, int] | None = None
+    """With the first token of a step in which tokens were drafted: so many, those taken, and those of them that the
+    speaker itself had not chosen."""
 
 
 class Handed(msgspec.Struct, frozen=True, tag=True):
@@ -323,6 +329,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 30.0
     """Seconds for which handed pages are kept."""
     credit: int = 16
+    wanted: Wanted = Wanted()
+    """What is drafted."""
 
     @property
     def store(self) -> str:

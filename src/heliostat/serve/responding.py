@@ -186,4 +186,5 @@ def _usage(job: Job) -> dict[str, Any]:
         "output_tokens": found["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": found["total_tokens"],
+        **({"speculation": found["speculation"]} if "speculation" in found else {}),
     }

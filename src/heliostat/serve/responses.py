@@ -30,6 +30,7 @@ PASSED = (
     "seed",
     "min_tokens",
     "ignore_eos",
+    "speculation",
 )
 """Fields that a conversation has, too."""
 
@@ -100,6 +101,7 @@ class ResponsesAsking(Loose):
     seed: int | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
+    speculation: str | None = None
 
     def chat(self) -> ChatAsking:
         """The same as a conversation. Raises Trouble for what cannot be one."""

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from heliostat.build import load_tokenizer, modules_of, read_family, verify_member
+from heliostat.engine.speculation.wanted import Wanted
 from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Row
 from heliostat.serve.app import build
@@ -73,6 +74,8 @@ class Settings:
     max_body_mib: int = 8
     max_connections: int = 512
     """Most that may be open at once."""
+    wanted: Wanted = field(default_factory=Wanted)
+    """What is drafted, and by which rules it may be taken."""
 
     def __post_init__(self) -> None:
         counts = (self.prefill_workers, self.decode_workers)
@@ -123,6 +126,7 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
         hosts=host_names(settings.allow_hosts),
         limits=Limits(body=settings.max_body_mib * 2**20),
         log=log,
+        wanted=settings.wanted,
     )
 
 
@@ -179,6 +183,7 @@ def _alone(settings: Settings, folder: Path, digests: Mapping[str, str]) -> Work
         max_length=settings.max_length,
         max_running=settings.max_running,
         hands=False,
+        wanted=settings.wanted,
     )
 
 
@@ -190,6 +195,7 @@ def _means(settings: Settings, folder: Path) -> Means:
         cache_mib=settings.cache_mib,
         max_length=settings.max_length,
         max_running=settings.max_running,
+        wanted=settings.wanted,
     )
 
 

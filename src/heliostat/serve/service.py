@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from heliostat.engine.remembered import Remembered
+from heliostat.engine.speculation.wanted import Wanted
 from heliostat.errors import Refused
 from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
@@ -77,6 +78,8 @@ class Service:
     hosts: frozenset[str] = frozenset()
     """Names under which it may be reached, besides localhost and addresses."""
     limits: Limits = field(default_factory=Limits)
+    wanted: Wanted = field(default_factory=Wanted)
+    """What is drafted, and by which rules requests may have it taken."""
     log: Log = field(default_factory=Log)
     draining: bool = False
     began: int = field(default_factory=lambda: int(time.time()))
@@ -249,7 +252,7 @@ class Service:
         schema: str | None,
     ) -> list[Order]:
         name = prefix + secrets.token_hex(12)
-        first = asking.sampling(most=self.dispatcher.max_length)
+        first, rule = asking.sampling(most=self.dispatcher.max_length), self._rule(asking)
         most = self.dispatcher.most
         if len(prompts) * asking.choices > most:
             raise Trouble(400, f"{len(prompts)} prompts with n {asking.choices}; at most {most}", "n")
@@ -263,10 +266,19 @@ class Service:
                 schema=schema,
                 member=version.member,
                 salt=tenant.salt,
+                speculation=rule,
             )
             for place, prompt in enumerate(prompts)
             for choice in range(asking.choices)
         ]
+
+    def _rule(self, asking: Asking) -> str | None:
+        """By which rule drafted tokens are taken for a request; 400 where it asks for what is not allowed."""
+        try:
+            rule = self.wanted.rule(asking.speculation)
+        except Refused as refused:
+            raise Trouble(400, str(refused), "speculation") from refused
+        return None if rule is None else str(rule)
 
     # ---- members
 

@@ -209,5 +209,18 @@ def usage_of(requests: Sequence[Open], *, choices: int, timings: bool = False) -
         "completion_tokens": answer,
         "total_tokens": prompt + answer,
         "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in firsts)},
+        **speculation_of(requests),
         **({"heliostat_timings": [request.timings for request in requests]} if timings else {}),
     }
+
+
+def speculation_of(requests: Sequence[Open]) -> Mapping[str, Any]:
+    """What was drafted for these requests and came of it, where anything was to be; all have one rule."""
+    rule = requests[0].order.speculation if requests else None
+    if rule is None:
+        return {}
+    counts = {
+        what: sum(getattr(request.speculated, what) for request in requests)
+        for what in ("drafted", "accepted", "judged")
+    }
+    return {"speculation": {"rule": rule, **counts}}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from heliostat.engine.engine import Engine, Piece
 from heliostat.engine.request import Matcher, Request, State
+from heliostat.engine.speculation.rule import parse_rule
 from heliostat.engine.store import Fetch, Gone, Shelves
 from heliostat.errors import Refused
 from heliostat.serve.protocol import (
@@ -226,6 +227,7 @@ class Core:
             hands_over=hands_over,
             fetches=fetches,
             replays=self.engine.hosts(writer, order.digests[writer]),
+            speculation=None if hands_over or order.speculation is None else parse_rule(order.speculation),
         )
 
     def abort(self, order_id: str) -> None:
@@ -341,16 +343,17 @@ class Core:
     def _said(self, opened: _Open, piece: Piece, now: float) -> Said:
         request, sampled = piece.request, piece.sampled
         assert sampled is not None
-        spent = None if opened.spoke else opened.spent(now)
+        spent, told = None if opened.spoke else opened.spent(now), piece.speculated
         opened.spoke = True
         return Said(
             request.id,
-            len(request.answer) - 1,
+            piece.place,
             Sampled(sampled.token, sampled.logprob, sampled.top),
             piece.text,
             _finish(piece),
             request.preemptions,
             spent,
+            None if told is None else (told.drafted, told.accepted, told.judged),
         )
 
 

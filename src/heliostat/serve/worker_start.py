@@ -10,9 +10,11 @@ from heliostat.build import best_dtype, device_named, load_tokenizer, read_famil
 from heliostat.engine.engine import Engine
 from heliostat.engine.ledger import MIB, available_memory
 from heliostat.engine.plan import plan_of
+from heliostat.engine.speculation.loading import drafting_of
 from heliostat.errors import Refused
 from heliostat.llm import parse_dtype
 from heliostat.serve.protocol import WorkerSettings
+from heliostat.serve.roster import family_name
 from heliostat.serve.shelf import Shelf
 from heliostat.serve.worker import EngineWorker
 from heliostat.serve.worker_core import Core
@@ -42,11 +44,22 @@ def worker_of(settings: WorkerSettings, *, drive: Drive | None = None) -> Engine
         max_length=settings.max_length,
         cache_mib=settings.cache_mib,
         max_running=settings.max_running,
+        wanted=settings.wanted,
     )
     limit = available_memory(device) if settings.memory_mib is None else settings.memory_mib * MIB
     plan.ledger.refuse_over(limit)
     shelf = Shelf(folder, dtype, device, tokenizer.digest)
     shelf.put(shelf.read_modules(settings.modules))
+    drafting = drafting_of(
+        settings.wanted,
+        folder,
+        family,
+        settings.modules,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        models={family_name(weights): model for weights, model in shelf.models.items()},
+    )
     engine = Engine(
         shelf.held,
         tokenizer,
@@ -54,6 +67,7 @@ def worker_of(settings: WorkerSettings, *, drive: Drive | None = None) -> Engine
         pages=plan.pages,
         max_running=settings.max_running,
         share=(settings.store, settings.incarnation) if settings.hands else None,
+        drafting=drafting,
     )
     terms = Terms(
         worker=settings.worker,

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from heliostat.engine.engine import Engine
-from heliostat.engine.scheduler import Step
+from heliostat.engine.step import Step
 from heliostat.serve.protocol import Parting, Stats
 
 _NEWEST = 0.1
@@ -27,7 +27,7 @@ class Pace:
         positions = sum(chunk.stop - chunk.start for chunk in step.chunks)
         if not step.chunks or seconds <= 0:
             return
-        if positions == len(step.chunks):
+        if all(chunk.stop - chunk.start == 1 + chunk.ahead for chunk in step.chunks):
             self.step = _mean(self.step, seconds)
         elif positions >= 4 * len(step.chunks):
             self.position = _mean(self.position, seconds / positions)

@@ -16,7 +16,7 @@ from heliostat.bench.seated import Gate, Seated, Timesheet
 from heliostat.bench.stand import Stand
 from heliostat.bench.systems import SYSTEMS
 from heliostat.bench.workloads import Lengths, Load, Session, sessions
-from heliostat.engine.scheduler import Step
+from heliostat.engine.step import Step
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
 LOAD = Load(

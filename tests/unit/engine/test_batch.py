@@ -2,7 +2,7 @@
 
 from heliostat.engine.batch import Entry, Ran, Segment, passes_of
 from heliostat.engine.request import Request
-from heliostat.engine.scheduler import Chunk, Step
+from heliostat.engine.step import Chunk, Step
 from heliostat.family import SHARINGS, Row
 
 S = 4

@@ -127,7 +127,7 @@ def test_a_failing_pass_can_be_tried_again(engine: Engine, monkeypatch: pytest.M
     want, request = run(engine, ask(engine)), ask(engine)
     engine.add(request)
     engine.step()
-    monkeypatch.setattr(engine.runner, "run", lambda passes: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(engine.runner, "run", lambda *passes: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         engine.step()
     monkeypatch.undo()

@@ -1,6 +1,7 @@
 """Answers with a form: JSON by a schema, calls of tools; and answers that come back in a conversation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def scripted(served: Served, pieces: list[str], monkeypatch: pytest.MonkeyPatch)
     step, left = engine.step, list(pieces)
 
     def said() -> list[Piece]:
-        return [Piece(p.request, left.pop(0) if left else "", p.sampled, p.finish_reason) for p in step()]
+        return [replace(p, text=left.pop(0) if left else "") for p in step()]
 
     monkeypatch.setattr(engine, "step", said)
 

@@ -1,0 +1,122 @@
+"""``heliostat bench speculate``: rules for drafted tokens side by side, with a page of tables and pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from heliostat.cli.failing import stop
+from heliostat.cli.printing import Family, Json, print_json
+from heliostat.errors import Refused
+
+
+def speculate(
+    family: Family,
+    draft: Annotated[str, typer.Option(help="Module that drafts.", show_default=False)],
+    prompts: Annotated[Path, typer.Option(help="Data that judges learn from, jsonl.", show_default=False)],
+    test: Annotated[
+        Path, typer.Option(help="Data with answers that no judge sees, jsonl.", show_default=False)
+    ],
+    held_out: Annotated[
+        Path | None, typer.Option(help="The same, told in ways nobody was trained on.", show_default="none")
+    ] = None,
+    member: Annotated[
+        str | None, typer.Option(help="Member whose row answers.", show_default="the base alone")
+    ] = None,
+    members: Annotated[
+        str | None,
+        typer.Option(
+            help="Others with the same speaker, NAME=DATA by comma: what is a judge of one worth to another?",
+            show_default="none",
+        ),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="How answers are graded: exact, contains, command.")
+    ] = "contains",
+    tau: Annotated[
+        float | None, typer.Option(help="Threshold of scores, as in `judge`.", show_default="found")
+    ] = None,
+    items: Annotated[int, typer.Option(min=1, help="Test prompts, at most.")] = 200,
+    batches: Annotated[str, typer.Option(help="Requests at once, by comma.")] = "1,2,4,8",
+    repeats: Annotated[int, typer.Option(help="Turns of each batch; at least 5.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Judges.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 160,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            help="Rules, by comma; off, lossless and both judged ones among them.", show_default="all"
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for points; what is there goes on.")] = Path(
+        "out/bench/speculate"
+    ),
+    docs: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the page, its numbers and pictures.", show_default="that of --out"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """None, look-up, lossless, judged, and rules without training: right answers and tokens a second.
+
+    Ctrl-C keeps what was measured; the same command goes on from there.
+    """
+    from heliostat.bench.speculate import CHOSEN, LOSSLESS, OFF, RULES, Measured, measure
+    from heliostat.bench.speculate_page import write_page
+    from heliostat.bench.speculated import ruled, verdicts
+
+    wanted = RULES if rules is None else tuple(part.strip() for part in rules.split(","))
+    if lacking := [rule for rule in (OFF, LOSSLESS, *CHOSEN) if rule not in wanted]:
+        raise Refused(
+            f"--rules {rules}: {', '.join(lacking)} must be among them, all others are compared with these"
+        )
+    wish = Measured(
+        family=str(family),
+        draft=draft,
+        prompts=str(prompts),
+        test=str(test),
+        held_out=None if held_out is None else str(held_out),
+        member=member,
+        members=_named(members),
+        metric=metric,
+        tau=tau,
+        items=items,
+        batches=_counts(batches),
+        repeats=repeats,
+        seeds=seeds,
+        longest=max_tokens,
+        rules=wanted,
+        out=str(out),
+    )
+    try:
+        found = measure(wish, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        stop(f"stopped; {out / 'points.json'} keeps what was measured, the same command goes on from there")
+    page = write_page(found, docs or out)
+    if as_json:
+        return print_json({**found, "page": str(page)})
+    print("\n".join(verdicts(ruled(found))))
+    print(page)
+
+
+def _named(text: str | None) -> dict[str, str]:
+    if text is None:
+        return {}
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    if any(not name or not data for name, data in pairs):
+        raise Refused(
+            f"--members {text}: NAME=DATA with commas between them, as told=told.jsonl,retold=retold.jsonl"
+        )
+    return dict(pairs)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise Refused(f"--batches {text}: whole numbers with commas between them, as 1,2,4") from error
+    if found[0] < 1:
+        raise Refused(f"--batches {text}: at least one request")
+    return found
