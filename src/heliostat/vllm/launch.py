@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -115,7 +114,10 @@ class Launch:
     @property
     def modules(self) -> dict[str, str]:
         """Name in ``model`` -> digest of who speaks."""
-        return {module.model: module.digest for module in (self.weights, *self.adapters)}
+        named = {
+            _served(self): self.weights.digest
+        }  # with adapters, its own name is that of one that changes nothing
+        return named | {module.model: module.digest for module in (self.weights, *self.adapters)}
 
     @property
     def writers(self) -> dict[str, str]:
@@ -127,7 +129,6 @@ class Launch:
 
 TWO_STREAMS = {
     "LlamaForCausalLM": "HeliostatTwoStreamLlama",
-    "MistralForCausalLM": "HeliostatTwoStreamLlama",
     "Qwen2ForCausalLM": "HeliostatTwoStreamQwen2",
     "Qwen3ForCausalLM": "HeliostatTwoStreamQwen3",
 }
@@ -148,6 +149,7 @@ def command(launch: Launch, *, python: str = sys.executable) -> Command:
     words += ["--host", launch.host, "--port", str(launch.port)]
     words += ["--dtype", launch.dtype, "--block-size", str(launch.page_size)]
     words += ["--max-model-len", str(launch.max_length), "--max-num-seqs", str(launch.max_running)]
+    words += ["--kv-cache-memory-bytes", str(launch.cache_mib << 20)]
     words += ["--served-model-name", _served(launch), "--generation-config", "vllm"]
     words += ["--middleware", "heliostat.vllm.front.Front"]
     words += ["--enable-prefix-caching" if launch.caches else "--no-enable-prefix-caching"]
@@ -206,7 +208,7 @@ def settings(launch: Launch) -> dict[str, Any]:
         "role": launch.role,
         "modules": launch.modules,
         "writers": launch.writers,
-        "weights": launch.weights.digest,
+        "weights": _served(launch),
         "two_streams": launch.two_streams,
         "page_size": launch.page_size,
         "dtype": launch.dtype,
@@ -228,7 +230,6 @@ def environment(launch: Launch) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
     }
     if launch.device == "cpu":
-        found["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(launch.cache_mib / 1024)))
         found["VLLM_CPU_OMP_THREADS_BIND"] = launch.cores or "auto"
     if launch.transfer == NIXL and launch.device == "cpu" and launch.hands:
         found["UCX_TLS"] = "tcp,self,sm"
