@@ -13,7 +13,7 @@ VLLM := .venv-vllm/bin/python
 OPENVINO := .venv-openvino/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-train vllm-env openvino-env kernel-envs results docs clean
+.PHONY: help demo base test test-slow test-vllm check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-train vllm-env openvino-env kernel-envs results docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ test: lint types  ## what CI runs: lint, types and all tests but the slow ones
 test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients, a browser, a soak, sanitizers
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
 	$(BIN)/python -m pytest -m slow -rs
+
+test-vllm: $(STAMP) .venv-vllm/.stamp  ## every sharing on vLLM, beside the embedded engine; six minutes
+	HELIOSTAT_VLLM=$(VLLM) $(BIN)/python -m pytest -m slow -rs tests/slow/test_vllm.py tests/slow/test_vllm_rows.py
 
 check: lint types  ## lint, types and the rules of the house, in seconds
 	$(BIN)/python -m pytest -q tests/house

@@ -56,6 +56,10 @@ POLICY = (
     "heliostat.serve.router_places",
     "heliostat.serve.router_sets",
     "heliostat.serve.scaling",
+    "heliostat.vllm.asked",
+    "heliostat.vllm.launch",
+    "heliostat.vllm.versions",
+    "heliostat.vllm.wire",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

@@ -261,7 +261,7 @@ class InWorker:
     def __init__(self, connector: FileConnector, kv_cache_config: Any) -> None:
         self.connector, self.folder = connector, connector.folder
         self.pages = int(kv_cache_config.num_blocks)
-        self.caches: dict[str, Cache] = {}
+        self.caches: dict[str, kept.Cache] = {}
         self.layout = ""
         self.missing: set[int] = set()
         self.part = 0
@@ -273,7 +273,7 @@ class InWorker:
 
         settings = self.connector.settings
         self.part = int(get_tensor_model_parallel_rank())
-        self.caches = {name: Cache.of(name, tensor, self.pages) for name, tensor in caches.items()}
+        self.caches = {name: kept.Cache.of(name, tensor, self.pages) for name, tensor in caches.items()}
         shapes = {name: cache.facts for name, cache in self.caches.items()}
         self.layout = json.dumps([torch.backends.cpu.get_cpu_capability(), shapes])
         if settings.role == "prefill":
@@ -305,47 +305,3 @@ class InWorker:
         except Refused as refused:
             logger.error("request %s: %s", job.request, refused)
             self.shelf.refuse(job.handle, str(refused))
-
-
-@dataclass
-class Cache:
-    """The cache of one layer: pages along ``dim``, each in ``split`` pieces.
-
-    A page is copied whole: what lies inside it, and how, is the kernels' own affair.
-    """
-
-    tensor: Tensor
-    dim: int
-    split: int
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor, pages: int) -> Cache:
-        """Find out where the pages are. Refused for a cache that does not look like pages."""
-        for dim in (0, 1):
-            if tensor.dim() > dim + 1 and tensor.shape[dim] >= pages and tensor.shape[dim] % pages == 0:
-                return cls(tensor, dim, tensor.shape[dim] // pages)
-        raise Refused(f"the cache of {name} has shape {tuple(tensor.shape)}, which is not {pages} pages")
-
-    @property
-    def facts(self) -> list[Any]:
-        """Shape of a page, number format."""
-        shape = list(self.tensor.shape)
-        shape[self.dim] = self.split
-        return [shape, self.dim, str(self.tensor.dtype)]
-
-    def _rows(self, pages: list[int]) -> Tensor:
-        rows = torch.tensor(pages, device=self.tensor.device)[:, None] * self.split
-        return (rows + torch.arange(self.split, device=self.tensor.device)).reshape(-1)
-
-    def take(self, pages: list[int]) -> Tensor:
-        """Copy of these pages on the processor, pages first."""
-        taken = self.tensor.index_select(self.dim, self._rows(pages)).cpu()
-        return taken.movedim(self.dim, 0).contiguous()
-
-    def put(self, pages: list[int], values: Tensor) -> None:
-        """Write pages, laid out as ``take`` gave them."""
-        rows = self._rows(pages)
-        given = values.reshape(-1, *values.shape[1:])[: len(rows)]
-        if len(given) != len(rows):
-            raise Refused(f"{len(rows)} pieces of pages should be loaded, there are {len(given)}")
-        self.tensor.index_copy_(self.dim, rows, given.movedim(0, self.dim).to(self.tensor.device))

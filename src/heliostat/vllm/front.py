@@ -1,4 +1,4 @@
-"""What stands before a vLLM worker's requests: says what the worker is, and turns away, with the reason, what it must not run.
+"""What stands before a vLLM worker's requests: says what the worker is, and turns away what it must not run, and why.
 
 An ASGI middleware (``vllm serve --middleware heliostat.vllm.front.Front``). Knows no torch; of vLLM only its version.
 """

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +61,50 @@ def private_folder(folder: str) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise Refused(f"{path} must be a folder of this user that nobody else can enter (mode 700)")
     return path
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """The cache of one layer: pages along ``dim``, each in ``split`` pieces.
+
+    A page is copied whole: what lies inside it, and how, is the kernels' own affair.
+    """
+
+    tensor: Tensor
+    dim: int
+    split: int
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, pages: int) -> Cache:
+        """Find out where the pages are. Refused for a cache that does not look like pages."""
+        for dim in (0, 1):
+            if tensor.dim() > dim + 1 and tensor.shape[dim] >= pages and tensor.shape[dim] % pages == 0:
+                return cls(tensor, dim, tensor.shape[dim] // pages)
+        raise Refused(f"the cache of {name} has shape {tuple(tensor.shape)}, which is not {pages} pages")
+
+    @property
+    def facts(self) -> list[Any]:
+        """Shape of a page, number format."""
+        shape = list(self.tensor.shape)
+        shape[self.dim] = self.split
+        return [shape, self.dim, str(self.tensor.dtype)]
+
+    def _rows(self, pages: list[int]) -> Tensor:
+        rows = torch.tensor(pages, device=self.tensor.device)[:, None] * self.split
+        return (rows + torch.arange(self.split, device=self.tensor.device)).reshape(-1)
+
+    def take(self, pages: list[int]) -> Tensor:
+        """Copy of these pages on the processor, pages first."""
+        taken = self.tensor.index_select(self.dim, self._rows(pages)).cpu()
+        return taken.movedim(self.dim, 0).contiguous()
+
+    def put(self, pages: list[int], values: Tensor) -> None:
+        """Write pages, laid out as ``take`` gave them."""
+        rows = self._rows(pages)
+        given = values.reshape(-1, *values.shape[1:])[: len(rows)]
+        if len(given) != len(rows):
+            raise Refused(f"{len(rows)} pieces of pages should be loaded, there are {len(given)}")
+        self.tensor.index_copy_(self.dim, rows, given.movedim(0, self.dim).to(self.tensor.device))
 
 
 @dataclass(slots=True)

@@ -105,7 +105,7 @@ def _refuse_two_rows(folder: Path, family: Family, member: str, row: Row) -> Non
     speaker, writer = family.module(row.speaker), row.answer_writer
     if speaker.base != writer or row.prompt_writer != writer:
         raise Refused(
-            f"member {member!r}: {row.speaker!r} speaks over what {writer!r} writes; on vLLM a speaker must be an adapter on "
+            f"member {member!r}: {row.speaker!r} speaks over what {writer!r} writes; on vLLM a speaker is an adapter on "
             f"who writes prompt and answer; {EMBEDDED}"
         )
     if row.first_speaker != row.speaker:

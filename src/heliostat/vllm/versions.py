@@ -23,7 +23,7 @@ def refuse_missing(version: str, missing: list[str]) -> None:
     """Raise Refused where parts of vLLM that the plug-ins stand on are not where they were."""
     if missing:
         raise Refused(
-            f"vLLM {version} lacks what heliostat's plug-ins stand on: {', '.join(missing)}; install vLLM {_shown(LAST)}, or "
+            f"vLLM {version} lacks what heliostat's plug-ins need: {', '.join(missing)}; install vLLM {_shown(LAST)}, or "
             "serve with the embedded engine (heliostat serve, without --engine vllm)"
         )
 
