@@ -156,14 +156,16 @@ class Offline:
         made = command(launched, python=python())
         words = [made.words[0], str(ROOT / "tests" / "vllm" / "worker.py"), *made.words[3:]]
         settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": inside(log.parent)}
-        self.process = subprocess.Popen(
-            words,
-            env={**os.environ, **made.environment, **settings},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("w"),
-            text=True,
-        )
+        environment = {**os.environ, **made.environment, **settings}
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                words,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
     def __enter__(self) -> "Offline":
         return self

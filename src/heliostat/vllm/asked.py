@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
-from heliostat.vllm.launch import FILES, SETTINGS
+from heliostat.vllm.launch import FILES, NIXL, SETTINGS
 from heliostat.vllm.wire import Role
 
+INCARNATION = "HELIOSTAT_INCARNATION"
 Code = Literal["refused", "module_missing", "misfit", "pages_gone"]
 
 
@@ -23,6 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: str
     incarnation: str
+    """Drawn by chance at every start."""
     role: Role
     modules: Mapping[str, str]
     writers: Mapping[str, str]
@@ -49,10 +52,24 @@ class Wrong(msgspec.Struct, frozen=True):
 
 def settings_of(facts: Mapping[str, Any] | None = None) -> Settings | None:
     """The settings out of a connector's options, or out of the environment; None where heliostat did not start this."""
-    if facts is None:
-        text = os.environ.get(SETTINGS, "")
-        return msgspec.json.decode(text, type=Settings) if text else None
-    return msgspec.convert(json.loads(json.dumps(dict(facts))), type=Settings)
+    if facts is not None:
+        return _born(msgspec.convert(json.loads(json.dumps(dict(facts))), type=Settings))
+    text = os.environ.get(SETTINGS, "")
+    return _born(msgspec.json.decode(text, type=Settings)) if text else None
+
+
+def _born(settings: Settings) -> Settings:
+    """With an incarnation: where nobody gave one, as under systemd, the first process draws it, and its children inherit."""
+    if settings.incarnation:
+        return settings
+    drawn = os.environ.setdefault(INCARNATION, secrets.token_hex(8))
+    return msgspec.structs.replace(settings, incarnation=drawn)
+
+
+def model_of(request: Any, settings: Settings) -> str:
+    """The name under which one of vLLM's own requests was asked for: that of its adapter, or of the weights."""
+    adapter = request.lora_request
+    return str(adapter.lora_name) if adapter else settings.weights
 
 
 def wrong(settings: Settings, model: str, params: Mapping[str, Any] | None, count: int) -> Wrong | None:
@@ -107,7 +124,7 @@ def _loading(
             "misfit",
             "this worker finds its pages again, and what should be loaded was written by another module",
         )
-    if settings.transfer == FILES and params.get("fit") != settings.fit:
+    if settings.transfer in (FILES, NIXL) and params.get("fit") != settings.fit:
         return Wrong(
             "misfit",
             "the worker that read the prompt differs in shape, tokenizer, rope, number format or page size",

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 
 from heliostat.errors import Refused
 from heliostat.vllm import kept
-from heliostat.vllm.asked import Settings, settings_of, wrong
+from heliostat.vllm.asked import Settings, model_of, settings_of, wrong
 from heliostat.vllm.wire import tokens_digest
 
 logger = init_logger(__name__)
@@ -101,21 +101,21 @@ class FileConnector(KVConnectorBase_V1):
         params = request.kv_transfer_params or {}
         if not params.get("do_remote_decode"):
             return
-        found = wrong(self.settings, self._model(request), params, request.num_prompt_tokens)
+        found = wrong(self.settings, model_of(request, self.settings), params, request.num_prompt_tokens)
         ids = request.prompt_token_ids or []
         self.reading[request.request_id] = Reading(
             str(params.get("writer", "")),
             request.num_prompt_tokens,
             tokens_digest(ids),
-            f"{self.settings.incarnation or 'worker'}-{uuid4().hex}",
+            f"{self.settings.incarnation}-{uuid4().hex}",
             wrong="" if found is None else found.reason,
         )
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens are loaded: what the request says, or, to fail it, some."""
         self.loading.pop(request.request_id, None)
         params = request.kv_transfer_params
-        found = wrong(self.settings, self._model(request), params, request.num_prompt_tokens)
+        found = wrong(self.settings, model_of(request, self.settings), params, request.num_prompt_tokens)
         if params and params.get("do_remote_prefill") and found is None:
             ids = request.prompt_token_ids[: params["tokens"]]
             job = Job(
@@ -135,6 +135,9 @@ class FileConnector(KVConnectorBase_V1):
         else:
             job = Job(request.request_id, "", "", request.num_prompt_tokens - 1, "", [], failed=found.reason)
         missing = job.tokens - num_computed_tokens
+        if missing <= 0 and job.failed:
+            logger.error("request %s cannot run here, and waits: %s", request.request_id, job.failed)
+            return None, False  # vLLM cannot fail it here: it waits until whoever asked gives up
         if missing <= 0:
             return 0, False
         self.loading[request.request_id] = job
@@ -210,10 +213,6 @@ class FileConnector(KVConnectorBase_V1):
             "fit": self.settings.fit,
         }
 
-    def _model(self, request: Any) -> str:
-        lora = request.lora_request
-        return str(lora.lora_name) if lora else self.settings.weights
-
     # In a worker.
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
@@ -277,7 +276,7 @@ class InWorker:
         shapes = {name: cache.facts for name, cache in self.caches.items()}
         self.layout = json.dumps([torch.backends.cpu.get_cpu_capability(), shapes])
         if settings.role == "prefill":
-            own, keep = f"{settings.incarnation or 'worker'}", settings.keep_mib << 20
+            own, keep = settings.incarnation, settings.keep_mib << 20
             shelf = kept.Shelf(self.folder, own, keep // self.connector.parts, settings.lease)
             self.shelf = shelf.open() if self.part == 0 else shelf
 

@@ -19,6 +19,8 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Highest ranks of adapters that vLLM lays out memory for."""
 CPU_PAGE = 32
 """vLLM's attention on processors takes pages of multiples of this."""
+SIDE = 1000
+"""With ``nixl`` a worker also listens at its port and this, where others ask how to reach its memory."""
 SETTINGS = "HELIOSTAT_WORKER"
 """Environment variable by which a process knows what it is: ``Settings`` as JSON."""
 
@@ -83,10 +85,15 @@ class Launch:
     """Seconds for which it is kept, if nobody fetches it."""
     fit: str = ""
     incarnation: str = ""
+    """Letters and digits; empty: the process draws one."""
     extra: tuple[str, ...] = ()
     """Further words for ``vllm serve``."""
 
     def __post_init__(self) -> None:
+        if self.incarnation and not self.incarnation.isalnum():
+            raise Refused(
+                f"worker {self.name!r}: incarnation {self.incarnation!r} is not of letters and digits"
+            )
         if self.adapters and not self.zero:
             raise Refused(f"worker {self.name!r} hosts adapters, and no adapter that changes nothing")
         if self.two_streams and self.architecture not in TWO_STREAMS:
@@ -231,6 +238,9 @@ def environment(launch: Launch) -> dict[str, str]:
     }
     if launch.device == "cpu":
         found["VLLM_CPU_OMP_THREADS_BIND"] = launch.cores or "auto"
-    if launch.transfer == NIXL and launch.device == "cpu" and launch.hands:
-        found["UCX_TLS"] = "tcp,self,sm"
+    if launch.transfer == NIXL and launch.hands:
+        found["VLLM_NIXL_SIDE_CHANNEL_HOST"] = launch.host
+        found["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(launch.port + SIDE)
+        if launch.device == "cpu":
+            found["UCX_TLS"] = "tcp,self,sm"
     return found

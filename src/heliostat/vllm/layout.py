@@ -22,7 +22,7 @@ from heliostat.export import LICENCES, TOKENIZER
 from heliostat.family import Family, Module, Row
 from heliostat.files import atomic_directory, atomic_write_text, read_json
 from heliostat.linear.adapter import CONFIG, LOW_RANK, PREFIX, WEIGHTS, Saved, read_adapter
-from heliostat.model.config import read_config
+from heliostat.model.config import ARCHITECTURES, read_config
 from heliostat.model.weights import INDEX, save_tensors, weight_files
 from heliostat.vllm.launch import TWO_STREAMS, Hosted
 
@@ -71,10 +71,9 @@ def fit(folder: Path, family: Family, *, dtype: str, page_size: int, tensor_para
 
 
 def architecture(folder: Path, family: Family, weights: str) -> str:
-    """``Launch.architecture`` of a checkpoint: the name of its class, as config.json has it."""
-    config = read_json(module_folder(Path(folder), family.module(weights)) / "config.json")
-    named = config.get("architectures")
-    return str(named[0]) if isinstance(named, list) and named else ""
+    """``Launch.architecture`` of a checkpoint: the name of its class in transformers and in vLLM."""
+    config = read_config(module_folder(Path(folder), family.module(weights)))
+    return ARCHITECTURES[config.architecture].class_name
 
 
 def refuse_unknown(folder: Path, family: Family, name: str) -> None:
@@ -113,9 +112,7 @@ def _refuse_two_rows(folder: Path, family: Family, member: str, row: Row) -> Non
             f"member {member!r}: its first token is another module's, which two streams do not do; {EMBEDDED}"
         )
     if (found := architecture(folder, family, writer)) not in TWO_STREAMS:
-        raise Refused(
-            f"member {member!r}: two streams of {found or 'an unnamed class'} are not known; {EMBEDDED}"
-        )
+        raise Refused(f"member {member!r}: two streams of {found} are not known; {EMBEDDED}")
 
 
 def _place(folder: Path, out: Path | None, digest: str) -> Path:
@@ -130,7 +127,9 @@ def _write(folder: Path, family: Family, module: Module, target: Path) -> None:
     index = [source / INDEX] if (source / INDEX).exists() else []
     for file in [*weight_files(source), *index]:
         _link(file, target / file.name)
-    shutil.copy2(source / "config.json", target / "config.json")
+    named = {"architectures": [architecture(folder, family, module.name)]}  # some checkpoints leave it out
+    config = {**named, **read_json(source / "config.json")}
+    atomic_write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
     for file in sorted((folder / BASE).iterdir()):
         if file.is_file() and file.name.lower().startswith((*TOKENIZER, *LICENCES)):
             shutil.copy2(file, target / file.name)

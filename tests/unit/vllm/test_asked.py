@@ -67,7 +67,9 @@ def test_roles_do_their_half_only() -> None:
 
 def test_pages_of_another_make_do_not_fit() -> None:
     assert code("decode", BASE, {**LOADED, "fit": "g"}, 5) == "misfit"
-    assert code("decode", BASE, {**LOADED, "fit": "g"}, 5, transfer="nixl") == "", "the router compares there"
+    assert code("decode", BASE, {**LOADED, "fit": "g"}, 5, transfer="nixl") == "misfit"
+    other = code("decode", BASE, {**LOADED, "fit": "g"}, 5, transfer="MooncakeConnector")
+    assert other == "", "what others say does not tell it: the router compares"
 
 
 def test_two_streams_take_only_what_they_would_have_written() -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from heliostat.errors import Refused
-from heliostat.vllm.asked import Settings, settings_of
+from heliostat.vllm.asked import INCARNATION, Settings, settings_of
 from heliostat.vllm.launch import SETTINGS, Hosted, Launch, command, transfer_config
 
 BASE = Hosted(name="base", digest="b" * 64, folder="/fam/exports/vllm/b")
@@ -48,6 +48,10 @@ def test_options_of_a_connector_go_through() -> None:
     config = transfer_config(launch(role="decode", transfer="nixl", transfer_options={"backends": ["UCX"]}))
     assert config["kv_connector_extra_config"]["backends"] == ["UCX"]
     assert config["kv_connector_extra_config"]["enforce_handshake_compat"] is False
+    environment = command(launch(role="decode", transfer="nixl", host="10.0.0.2", port=8005)).environment
+    assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "10.0.0.2"
+    assert environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] == "9005"
+    assert "VLLM_NIXL_SIDE_CHANNEL_PORT" not in command(launch(transfer="nixl")).environment
 
 
 def test_adapters_go_by_their_names_and_the_weights_by_one_that_changes_nothing() -> None:
@@ -89,6 +93,17 @@ def test_a_process_knows_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     options = transfer_config(made)["kv_connector_extra_config"]["heliostat"]
     assert settings_of(options) == found == msgspec.convert(options, Settings)
     assert "VLLM_API_KEY" not in environment
+
+
+def test_who_is_given_no_incarnation_draws_one_that_children_inherit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SETTINGS, command(launch()).environment[SETTINGS])
+    monkeypatch.delenv(INCARNATION, raising=False)
+    one, other = settings_of(), settings_of()
+    assert one is not None and one == other and len(one.incarnation) == 16
+    monkeypatch.delenv(INCARNATION)
+    assert settings_of() != one
+    with pytest.raises(Refused, match="letters and digits"):
+        launch(incarnation="../x")
 
 
 def test_a_process_of_somebody_else_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What vLLM loads of a family: whole checkpoints with the tokenizer, plain LoRAs of the same function; and what it cannot."""
+"""What vLLM loads of a family: whole checkpoints with a tokenizer, plain LoRAs of the same function; what it cannot."""
 
 import json
 import shutil
@@ -141,7 +141,10 @@ def test_codebooks_and_other_attention_are_refused(tiny_family: Path) -> None:
     with pytest.raises(Refused, match="codebooks.*embedded engine"):
         layout.prepared(tiny_family, coded, ["base"])
     config = json.loads((tiny_family / "base" / "config.json").read_text())
-    config |= {"model_type": f"heliostat_{config['model_type']}", "attention": {"name": "affine"}}
+    config |= {
+        "model_type": f"heliostat_{config['model_type']}",
+        "attention": {"kind": "affine", "n": "visible", "alpha": "learned"},
+    }
     (tiny_family / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(Refused, match="'affine'.*embedded engine"):
         layout.refuse_unknown(tiny_family, family, "base")
