@@ -138,7 +138,7 @@ def launch(place: Path, name: str, weights: str, adapters: Sequence[str] = (), *
         "max_running": 16,
         "cache_mib": 64,
         "cores": "nobind",
-        "incarnation": f"{name}{os.getpid()}",
+        "incarnation": "".join(filter(str.isalnum, f"{name}{os.getpid()}")),
         "folder": str(place.parent / "handed"),
         "architecture": layout.architecture(place, found, weights),
         "fit": layout.fit(place, found, dtype="float32", page_size=PAGE),
