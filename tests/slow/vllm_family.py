@@ -1,8 +1,6 @@
 """A family of every sharing for vLLM's tests, filled by chance; the embedded engine's answers; vLLM workers to ask."""
 
-import json
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from heliostat.bench.trial import EMBEDDED_BASE
+from heliostat.bench.vllm_offline import Offline
+from heliostat.bench.vllm_offline import offline as workers
 from heliostat.build import BASE, describe_module, init_family, read_family, write_family
 from heliostat.family import SHARINGS, Member
 from heliostat.linear import paca
@@ -21,7 +21,7 @@ from heliostat.linear.lora import adapter_of, add_adapter
 from heliostat.model.config import read_config
 from heliostat.model.weights import load_transformer
 from heliostat.vllm import layout
-from heliostat.vllm.launch import Hosted, Launch, command
+from heliostat.vllm.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -148,68 +148,12 @@ def launch(place: Path, name: str, weights: str, adapters: Sequence[str] = (), *
     return Launch(name=name, weights=hosted[weights], adapters=mine, **{**facts, **more})
 
 
-class Offline:
-    """A vLLM worker of one process without a server (tests/vllm/worker.py)."""
-
-    def __init__(self, launched: Launch, log: Path) -> None:
-        self.launch, self.log = launched, log
-        made = command(launched, python=python())
-        words = [made.words[0], str(ROOT / "tests" / "vllm" / "worker.py"), *made.words[3:]]
-        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": inside(log.parent)}
-        environment = {**os.environ, **made.environment, **settings}
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                words,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-
-    def __enter__(self) -> "Offline":
-        return self
-
-    def __exit__(self, *trouble: Any) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.stdout.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def _heard(self, word: str) -> str:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word)
-        raise AssertionError(self.log.read_text()[-3000:])
-
-    def ready(self) -> "Offline":
-        """Itself, when it can be asked."""
-        self._heard("READY")
-        return self
-
-    def ask(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """All of them as one crowd."""
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(list(requests)) + "\n")
-        self.process.stdin.flush()
-        found: list[dict[str, Any]] = json.loads(self._heard("ANSWERS "))
-        return found
-
-
 @contextmanager
 def offline(*launches: Launch, log: Path) -> Iterator[list[Offline]]:
-    """These workers, started at once."""
-    started = [Offline(one, log / f"{one.name}.log") for one in launches]
-    try:
-        yield [one.ready() for one in started]
-    finally:
-        for one in started:
-            one.__exit__()
+    """These workers, started at once, with heliostat of this tree."""
+    environment = {"PYTHONPATH": inside(log)}
+    with workers(*launches, python=python(), log=log, environment=environment) as started:
+        yield started
 
 
 def inside(folder: Path) -> str:
@@ -221,8 +165,3 @@ def inside(folder: Path) -> str:
         "[vllm.general_plugins]\nheliostat = heliostat.vllm.plugin:register\n"
     )
     return f"{ROOT / 'src'}{os.pathsep}{facts.parent}"
-
-
-def model(hosted: Hosted | Launch) -> str:
-    """Its name in a request."""
-    return hosted.weights.model if isinstance(hosted, Launch) else hosted.model

@@ -1,12 +1,15 @@
 """A vLLM worker without a server, as a program: started by the words of ``launch.command``, asked by lines of JSON.
 
-Runs in an environment with vLLM (``make vllm-env``). A line on standard input is a list of requests, which run as one
+For tests and measurements; runs in an environment with vLLM. A line on standard input is a list of requests, which run as one
 crowd; the line that answers begins with ``ANSWERS`` (vLLM writes to standard output, too).
 """
+
+from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from dataclasses import fields
 from typing import Any
 
@@ -18,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 
 def main() -> None:
+    """Answer until standard input ends."""
     words = sys.argv[sys.argv.index("serve") + 1 :]
     given = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
     given.model = given.model_tag
@@ -30,7 +34,9 @@ def main() -> None:
     }
     print("READY", flush=True)
     for line in sys.stdin:
-        print("ANSWERS " + json.dumps(answers(llm, adapters, json.loads(line))), flush=True)
+        asked, began = json.loads(line), time.perf_counter()
+        done = answers(llm, adapters, asked)
+        print("ANSWERS " + json.dumps({"seconds": time.perf_counter() - began, "answers": done}), flush=True)
     llm.llm_engine.engine_core.shutdown()
     os._exit(0)  # what is left of vLLM takes half a minute to end by itself
 
