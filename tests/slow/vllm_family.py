@@ -26,7 +26,7 @@ from heliostat.vllm.launch import Launch
 ROOT = Path(__file__).parents[2]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ASKS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 256,
     "intermediate_size": 512,

@@ -213,7 +213,8 @@ def exact(python: str, device: str, folder: Path, environment: Mapping[str, str]
 def measured(python: str, plan: Plan, folder: Path, environment: Mapping[str, str]) -> list[dict[str, Any]]:
     """Answer tokens a second of each way of sharing at each batch, fresh prompts; of halves, the speaking one's."""
     dtype = getattr(torch, plan.dtype)
-    stand, rows = Stand(made(folder, plan.model, plan.members, dtype), plan, python), []
+    stand = Stand(made(folder, plan.model, plan.members, dtype), plan, python)
+    rows: list[dict[str, Any]] = []
 
     def batches(kind: str, ask: Any) -> None:
         for batch in plan.batches:

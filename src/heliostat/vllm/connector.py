@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 from vllm.logger import init_logger
+from vllm.v1.request import RequestStatus
 
 from heliostat.errors import Refused
 from heliostat.vllm import kept
@@ -114,26 +115,9 @@ class FileConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens are loaded: what the request says, or, to fail it, some."""
         self.loading.pop(request.request_id, None)
-        params = request.kv_transfer_params
-        found = wrong(self.settings, model_of(request, self.settings), params, request.num_prompt_tokens)
-        if params and params.get("do_remote_prefill") and found is None:
-            ids = request.prompt_token_ids[: params["tokens"]]
-            job = Job(
-                request.request_id,
-                str(params.get("handle", "")),
-                params["writer"],
-                params["tokens"],
-                tokens_digest(ids),
-                [],
-            )
-            try:
-                kept.check(self.folder, job.handle, self.label(job))
-            except Refused as refused:
-                job.failed = str(refused)
-        elif found is None or request.request_id in self.reading:
+        job = self._job(request)
+        if job is None:
             return 0, False
-        else:
-            job = Job(request.request_id, "", "", request.num_prompt_tokens - 1, "", [], failed=found.reason)
         missing = job.tokens - num_computed_tokens
         if missing <= 0 and job.failed:
             logger.error("request %s cannot run here, and waits: %s", request.request_id, job.failed)
@@ -142,6 +126,22 @@ class FileConnector(KVConnectorBase_V1):
             return 0, False
         self.loading[request.request_id] = job
         return missing, False
+
+    def _job(self, request: Any) -> Job | None:
+        """What a request loads, looked at; None where it loads nothing, and rightly."""
+        params, name, count = request.kv_transfer_params, request.request_id, request.num_prompt_tokens
+        found = wrong(self.settings, model_of(request, self.settings), params, count)
+        if found is not None:
+            return None if name in self.reading else Job(name, "", "", count - 1, "", [], failed=found.reason)
+        if not params or not params.get("do_remote_prefill"):
+            return None
+        writer, tokens, handle = params["writer"], params["tokens"], str(params.get("handle", ""))
+        job = Job(name, handle, writer, tokens, tokens_digest(request.prompt_token_ids[:tokens]), [])
+        try:
+            kept.check(self.folder, handle, self.label(job))
+        except Refused as refused:
+            job.failed = str(refused)
+        return job
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """The request has pages now."""
@@ -184,12 +184,14 @@ class FileConnector(KVConnectorBase_V1):
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """What is said of the keys and values of a prompt that was read; what was loaded is needed no more."""
         self.loading.pop(request.request_id, None)
-        params = request.kv_transfer_params or {}
-        if params.get("do_remote_prefill") and params.get("handle"):
-            kept.release(self.folder, str(params["handle"]))
         reading = self.reading.pop(request.request_id, None)
         if reading is None:
+            job = self._job(request)
+            if job is not None and not job.failed:  # what is somebody else's stays
+                kept.release(self.folder, job.handle)
             return False, None
+        if request.status == RequestStatus.FINISHED_ABORTED:
+            kept.release(self.folder, reading.handle)
         return False, self._said(reading)
 
     def _said(self, reading: Reading) -> dict[str, Any]:

@@ -20,7 +20,7 @@ MISSING = "heliostat_missing"
 """Attribute of what the scheduler tells the workers: pages of requests that must fail."""
 
 
-class CheckedNixl(NixlConnector):  # type: ignore[misc]
+class CheckedNixl(NixlConnector):
     """See the module. ``kv_connector_extra_config``: ``{"heliostat": launch.settings(...), ...}``."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:

@@ -1,7 +1,7 @@
 """A vLLM worker without a server, as a program: started by the words of ``launch.command``, asked by lines of JSON.
 
-For tests and measurements; runs in an environment with vLLM. A line on standard input is a list of requests, which run as one
-crowd; the line that answers begins with ``ANSWERS`` (vLLM writes to standard output, too).
+For tests and measurements; runs in an environment with vLLM. A line on standard input is a list of requests, which run
+as one crowd; the line that answers begins with ``ANSWERS`` (vLLM writes to standard output, too).
 """
 
 from __future__ import annotations
