@@ -15,7 +15,7 @@ from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.metrics import Metrics
-from heliostat.serve.protocol import Failed, Handed, Order
+from heliostat.serve.protocol import Failed, Handed, Handle, Order
 from heliostat.serve.trouble import Trouble
 from tests.promises.crews import Listener, assert_empty, order_of
 from tests.promises.doubles import Double
@@ -71,7 +71,8 @@ class House:
 @asynccontextmanager
 async def house(toys: Toys, tokenizer: Tokenizer, *names: str, **options: Any) -> AsyncIterator[House]:
     """So many of PLACES."""
-    made, medium = House(Dispatcher(Metrics(), **{"max_waiting": 1000, **options})), {}
+    made = House(Dispatcher(Metrics(), **{"max_waiting": 1000, **options}))
+    medium: dict[str, Handle] = {}
     try:
         for name in names or PLACES:
             role, names_, two = PLACES[name.partition("/")[0]]
@@ -136,6 +137,10 @@ async def until(found: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
+async def spoken(double: Double, count: int) -> None:
+    await until(lambda: double.said > count)
+
+
 def test_a_prefill_server_that_is_killed_costs_time_only(
     modules: Toys, tokenizer: Tokenizer, exactness: Exactness
 ) -> None:
@@ -170,7 +175,7 @@ def test_a_decode_server_that_is_killed_while_it_speaks_is_gone_on_for(
                 double.faults.pause = 0.01
             asked = asyncio.create_task(all_of(made.dispatcher, orders_of(modules, jobs)))
             for name in ("d-base/0", "d-a/0"):
-                await until(lambda name=name: made.doubles[name].said > 4)
+                await spoken(made.doubles[name], 4)
                 await made.dies(name)
             compare(await asked, alone, exactness)
 

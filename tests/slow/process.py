@@ -21,7 +21,9 @@ def served(family: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
 
 
 @contextmanager
-def told(family: Path | None, *options: str, starting: float = 120) -> Iterator[tuple[str, subprocess.Popen[str], "Reading"]]:
+def told(
+    family: Path | None, *options: str, starting: float = 120
+) -> Iterator[tuple[str, subprocess.Popen[str], "Reading"]]:
     """The same, and its log."""
     command = [
         sys.executable,

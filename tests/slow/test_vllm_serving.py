@@ -29,7 +29,18 @@ pytestmark = pytest.mark.slow
 PLAYED = ("sun-f", "pre-a")
 """One server writes for the first, one with the base for the second, one decode server speaks for both."""
 STARTING = 900
-ROOM = ("--cache-mib", "64", "--max-length", "256", "--max-running", "16", "--deadline", "240")
+ROOM = (
+    "--cache-mib",
+    "64",
+    "--max-length",
+    "256",
+    "--max-running",
+    "16",
+    "--deadline",
+    "900",
+    "--patience",
+    "600",
+)
 
 
 @dataclass
@@ -88,10 +99,12 @@ async def ask(http: httpx2.AsyncClient, member: str, prompt: Sequence[int], coun
 
 
 def client(served: Served) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=served.address, timeout=300)
+    return httpx2.AsyncClient(base_url=served.address, timeout=900)
 
 
-def same(served: Served, jobs: Sequence[tuple[str, Sequence[int], int]], found: Sequence[Sequence[int]]) -> int:
+def same(
+    served: Served, jobs: Sequence[tuple[str, Sequence[int], int]], found: Sequence[Sequence[int]]
+) -> int:
     """Fail unless every answer is the embedded engine's, up to a tie; how many tokens were compared."""
     compared = 0
     for (member, prompt, count), ids in zip(jobs, found, strict=True):
@@ -106,7 +119,9 @@ def same(served: Served, jobs: Sequence[tuple[str, Sequence[int], int]], found: 
         assert len(ids) == count
         for place, (ours, theirs, gap) in enumerate(zip(ids, wanted, gaps, strict=True)):
             if ours != theirs:
-                assert gap < CLOSE, f"{member}, {len(prompt)} tokens, token {place}: {ours}, not {theirs} by {gap:.2e}"
+                assert gap < CLOSE, (
+                    f"{member}, {len(prompt)} tokens, token {place}: {ours}, not {theirs} by {gap:.2e}"
+                )
                 break
             compared += 1
     return compared
@@ -154,7 +169,13 @@ def test_a_conversation_goes_on_from_its_own_answers(served: Served) -> None:
 
 def test_a_client_that_leaves_is_noticed_by_the_servers(served: Served) -> None:
     async def story() -> None:
-        body = {"model": "sun-f", "prompt": list(range(5, 45)), "max_tokens": 200, "ignore_eos": True, "stream": True}
+        body = {
+            "model": "sun-f",
+            "prompt": list(range(5, 45)),
+            "max_tokens": 200,
+            "ignore_eos": True,
+            "stream": True,
+        }
         async with client(served) as http:
             async with http.stream("POST", "/v1/completions", json=body) as reply:
                 async for _ in reply.aiter_lines():
@@ -162,7 +183,9 @@ def test_a_client_that_leaves_is_noticed_by_the_servers(served: Served) -> None:
             port = served.started()["decode-0"]["port"]
             for _ in range(200):
                 metrics = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
-                running = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")]
+                running = [
+                    line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")
+                ]
                 if running and float(running[0].rpartition(" ")[2]) == 0:
                     return
                 await asyncio.sleep(0.05)
@@ -218,7 +241,11 @@ def test_a_server_with_other_weights_is_refused_with_both_digests(served: Served
 
 def test_nothing_of_it_outlives_it(served: Served) -> None:
     """Last: the server ends, and so do its servers."""
-    processes = [process for line in served.started().values() for process in (line["process"], *inner(line["process"]))]
+    processes = [
+        process
+        for line in served.started().values()
+        for process in (line["process"], *inner(line["process"]))
+    ]
     assert len(processes) > 3
     served.log._process.send_signal(signal.SIGTERM)
     served.log._process.wait(60)

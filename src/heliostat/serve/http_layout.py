@@ -39,6 +39,7 @@ def groups_of(family: Family, rows: Mapping[str, Row], role: Role) -> dict[Group
     apart: set[str] = set()
     """Weights that answer what others wrote: two streams find their pages again, and take none that others wrote."""
     for row in rows.values():
+        wanted: tuple[str, ...]
         if role == PREFILL:
             wanted, two = (row.prompt_writer,), False
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import httpx2
@@ -57,7 +57,7 @@ class HttpLine:
             except (httpx2.HTTPError, OSError) as error:
                 raise ConnectionError(told(error)) from error
 
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
         """The data of each event as soon as its bytes are there; ``[DONE]`` is told, too.
 
         Leaving early closes the connection, so that the engine ends the request.

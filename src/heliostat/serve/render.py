@@ -94,13 +94,14 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
         f"Description={what}",
         "After=network-online.target",
         "Wants=network-online.target",
+        "StartLimitIntervalSec=0",
         "",
     ]
     lines += ["[Service]", "Type=exec"]
     lines += [f"Environment={_quoted(f'{name}={value}')}" for name, value in environment.items()]
     lines += [f"# {KEY}=..., readable by root only", "EnvironmentFile=/etc/heliostat/key.env"]
     lines += [f"ExecStart={' '.join(map(_quoted, words))}"]
-    lines += ["Restart=always", "RestartSec=2", "RestartSteps=5", "RestartMaxDelaySec=30"]
+    lines += ["Restart=always", "RestartSec=5"]
     lines += [
         f"TimeoutStopSec={STOP_SECONDS}",
         "KillMode=mixed",
@@ -277,7 +278,12 @@ def ray(started: Sequence[Started], cluster: str, means: Means) -> dict[str, str
         "name": "heliostat",
         "route_prefix": "/",
         "import_path": "heliostat.serve.ray_app:application",
-        "args": {"family": means.family, "cluster": cluster, "servers": servers},
+        "args": {
+            "family": means.family,
+            "cluster": cluster,
+            "keys": f"/etc/heliostat/{means.keys}",
+            "servers": servers,
+        },
     }
     content = {"http_options": {"host": means.address, "port": ROUTER_PORT}, "applications": [application]}
     return {"ray.yaml": yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, width=10**6)}
