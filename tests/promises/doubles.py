@@ -46,15 +46,15 @@ class Faults:
 
 @dataclass(eq=False)
 class Double:
-    """One server; ``medium`` is what servers hand over by: handle -> what lies there."""
+    """One server. What it hands over lies in shared memory, and the handle in ``kv_transfer_params`` says where."""
 
     name: str
     modules: Mapping[str, Loaded]
     """By engine's names. The first one's weights are the server's."""
     tokenizer: Tokenizer
     roles: tuple[Role, ...]
-    medium: dict[str, Handle]
     two_streams: bool = False
+    host: str = "127.0.0.1"
     faults: Faults = field(default_factory=Faults)
     facts: dict[str, Any] = field(default_factory=dict)
     """What it says of itself, where that is not what the toys' tests expect."""
@@ -99,13 +99,13 @@ class Double:
         app.post("/v1/completions")(self._complete)
         front = _Versioned(app, self.settings, self._release)
         self.server = uvicorn.Server(
-            uvicorn.Config(front, host="127.0.0.1", port=0, log_level="critical", ws="none", lifespan="off")
+            uvicorn.Config(front, host=self.host, port=0, log_level="critical", ws="none", lifespan="off")
         )
         self.serving = asyncio.get_running_loop().create_task(self.server.serve())
         while not self.server.started:
             await asyncio.sleep(0.001)
         port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{self.host}:{port}"
         return self
 
     def worker(self, **more: Any) -> HttpWorker:
@@ -153,9 +153,9 @@ class Double:
             return await self._keep(body, params)
         handle = None
         if params.get("do_remote_prefill"):
-            handle = self.medium.get(params["handle"])
-            if handle is None or self.faults.forget:
+            if self.faults.forget:
                 return _error(500, "Internal server error")
+            handle = msgspec.json.decode(params["handle"], type=Handle)
         order = self._order(body, params, handle)
         return StreamingResponse(self._stream(body, order, handle), media_type="text/event-stream")
 
@@ -191,15 +191,14 @@ class Double:
         if isinstance(handed, Failed):
             return _error(500, handed.reason)
         assert isinstance(handed, Handed) and handed.handle is not None and handed.first is not None
-        self.medium[order.id] = handed.handle
-        params = {**params, "do_remote_decode": False, "do_remote_prefill": True, "handle": order.id}
+        where = msgspec.json.encode(handed.handle).decode()
+        params = {**params, "do_remote_decode": False, "do_remote_prefill": True, "handle": where}
         usage = {"prompt_tokens": len(ids), "prompt_tokens_details": {"cached_tokens": handed.spent.cached}}
         choice = _choice(handed.first, body, finish="length")
         return JSONResponse({"choices": [choice], "usage": usage, "kv_transfer_params": params})
 
     def _release(self, handle: str) -> None:
-        if (found := self.medium.pop(handle, None)) is not None:
-            self.inside.release(found)
+        self.inside.release(msgspec.json.decode(handle, type=Handle))
 
     async def _stream(self, body: dict[str, Any], order: Order, handle: Handle | None) -> AsyncIterator[str]:
         inbox: asyncio.Queue[Said | Failed] = asyncio.Queue()

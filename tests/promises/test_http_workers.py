@@ -15,7 +15,7 @@ from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.metrics import Metrics
-from heliostat.serve.protocol import Failed, Handed, Handle, Order
+from heliostat.serve.protocol import Failed, Handed, Order
 from heliostat.serve.trouble import Trouble
 from tests.promises.crews import Listener, assert_empty, order_of
 from tests.promises.doubles import Double
@@ -72,12 +72,11 @@ class House:
 async def house(toys: Toys, tokenizer: Tokenizer, *names: str, **options: Any) -> AsyncIterator[House]:
     """So many of PLACES."""
     made = House(Dispatcher(Metrics(), **{"max_waiting": 1000, **options}))
-    medium: dict[str, Handle] = {}
     try:
         for name in names or PLACES:
             role, names_, two = PLACES[name.partition("/")[0]]
             hosted = {module: toys[module] for module in names_}
-            double = Double(name, hosted, tokenizer, (role,), medium, two)  # type: ignore[arg-type]
+            double = Double(name, hosted, tokenizer, (role,), two)  # type: ignore[arg-type]
             await made.join(await double.start())
         yield made
     finally:

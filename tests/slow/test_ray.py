@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -51,14 +50,13 @@ def test_ray_serves_what_was_rendered(
     found = texts(bare_family, Nodes((node,), terms, "127.0.0.1"), "ray", Means(family=str(bare_family)))
 
     async def story() -> None:
-        medium: dict[str, Any] = {}
         content = yaml.safe_load(found["ray.yaml"])
         args = content["applications"][0]["args"]
         cluster = yaml.safe_load(args["cluster"])
         doubles = []
         for place, server in zip(cluster["workers"], args["servers"], strict=True):
             settings = yaml.safe_load(server["environment"]["HELIOSTAT_WORKER"])
-            double = Double(place["name"], {name: loaded}, tokenizer, tuple(place["roles"]), medium)
+            double = Double(place["name"], {name: loaded}, tokenizer, tuple(place["roles"]))
             double.facts = {
                 "fit": settings["fit"],
                 "page_size": 32,
