@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import msgspec
 from fastapi import FastAPI
 from ray import serve
 
-from heliostat import __version__
 from heliostat.serve.app import build
 from heliostat.serve.http_keeper import Kept, spawn
 from heliostat.serve.run import Settings, service_of
@@ -104,7 +104,7 @@ class Router:
                 )
                 service = await asyncio.to_thread(service_of, settings)
                 await service.start()
-                self._service, self._app = service, build(service, version=__version__)
+                self._service, self._app = service, build(service, version=version("heliostat"))
             return self._app
 
     async def check_health(self) -> None:
