@@ -207,6 +207,15 @@ def inner(keeper: int) -> list[int]:
     return found
 
 
+def key_of(keeper: int) -> str:
+    """The key that a server was started with."""
+    found = dict(
+        entry.partition("=")[::2]
+        for entry in Path(f"/proc/{inner(keeper)[0]}/environ").read_text().split("\0")
+    )
+    return found["VLLM_API_KEY"]
+
+
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 def test_a_killed_server_costs_time_and_no_token(served: Served, name: str) -> None:
     jobs = jobs_of(12, seed=2, tokens=40)
@@ -230,7 +239,12 @@ def test_a_server_with_other_weights_is_refused_with_both_digests(served: Served
     async def story() -> None:
         port = served.started()["decode-0"]["port"]
         expected = Expected(worker="decode-0", modules={f"base#{'f' * 12}": "f" * 64}, roles=("decode",))
-        worker = HttpWorker(HttpLine(f"http://127.0.0.1:{port}"), expected, served.llm.tokenizer)
+        url, key = f"http://127.0.0.1:{port}", key_of(served.started()["decode-0"]["process"])
+        stranger = HttpWorker(HttpLine(url), expected, served.llm.tokenizer)
+        with pytest.raises(Refused, match="wants a key"):
+            await stranger.describe()
+        await stranger.close()
+        worker = HttpWorker(HttpLine(url, key=key), expected, served.llm.tokenizer)
         with pytest.raises(Refused, match="digest") as refused:
             await worker.describe()
         assert "ffffffffffff" in str(refused.value)

@@ -139,6 +139,11 @@ class Cluster:
                     f"worker {place.name!r} is of engine {place.engine}, worker {self.places[0].name!r} of {self.engine}: "
                     "their pages mean nothing to each other; one cluster has one kind"
                 )
+            if place.tensor_parallel != self.places[0].tensor_parallel:
+                raise Refused(
+                    f"worker {place.name!r} has tensor_parallel {place.tensor_parallel}, worker {self.places[0].name!r} "
+                    f"{self.places[0].tensor_parallel}: keys and values do not travel between the two; give all the same"
+                )
             if place.engine == EMBEDDED and place.tensor_parallel > 1:
                 raise Refused(
                     f"worker {place.name!r}: tensor_parallel is for {VLLM}; the embedded engine runs on one device"

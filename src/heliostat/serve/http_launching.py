@@ -95,6 +95,7 @@ def launch_of(
     cores: str = "",
     folder: str = KEPT,
     incarnation: str = "",
+    extra: tuple[str, ...] = (),
 ) -> Launch:
     """How one server is started."""
     place = server.place
@@ -120,6 +121,7 @@ def launch_of(
         folder=folder,
         fit=common.fits[place.tensor_parallel],
         incarnation=incarnation,
+        extra=extra,
     )
 
 

@@ -31,6 +31,7 @@ from heliostat.serve.http_line import HttpLine
 from heliostat.serve.http_watch import PATIENCE
 from heliostat.serve.http_worker import HttpWorker
 from heliostat.serve.log import Log
+from heliostat.serve.nodes import USED
 from heliostat.serve.processes import Means
 from heliostat.serve.roster import module_name
 from heliostat.serve.supervisor import Supervisor
@@ -100,8 +101,14 @@ class Servers:
     def __init__(self, common: Common, servers: Mapping[str, Server], tokenizer: Tokenizer, log: Log) -> None:
         self._common, self._servers, self._tokenizer, self._log = common, servers, tokenizer, log
         self._folder = Path(tempfile.mkdtemp(prefix="heliostat-"))
+        # Ports of the loopback are everybody's on this machine.
+        self._key = common.key or secrets.token_urlsafe(24)
         self._kept = f"{KEPT}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._cores = cores_of([server.place for server in servers.values() if server.place.url is None])
+        here = [server.place for server in servers.values() if server.place.url is None]
+        self._cores = cores_of(here)
+        # Side by side on one device: vLLM would give each nearly all of it.
+        share = ("--gpu-memory-utilization", f"{USED / max(1, len(here)):.3f}")
+        self._extra = () if common.device == "cpu" else share
 
     async def __call__(self, place: Place, modules: Mapping[str, str]) -> Served:
         """The server of a place, when it answers. ConnectionError where it ends before that, Refused where it is another
@@ -117,9 +124,10 @@ class Servers:
             cores=self._cores[place.name],
             folder=self._kept,
             incarnation=incarnation,
+            extra=self._extra,
         )
         done = command(launch, python=python())
-        environment = {**done.environment, **({"VLLM_API_KEY": self._common.key} if self._common.key else {})}
+        environment = {**done.environment, "VLLM_API_KEY": self._key}
         process = spawn(Kept(done.words, environment, str(log)))
         self._log.say("worker starts", worker=place.name, process=process.pid, port=port)
         expected = self._expected(place, modules, incarnation)
@@ -133,7 +141,9 @@ class Servers:
             raise
 
     async def _reach(self, url: str, expected: Expected, process: Popen[bytes] | None) -> Served:
-        worker = HttpWorker(HttpLine(url, key=self._common.key), expected, self._tokenizer)
+        worker = HttpWorker(
+            HttpLine(url, key=self._common.key if process is None else self._key), expected, self._tokenizer
+        )
         told = asyncio.get_running_loop().time() + PATIENCE
         try:
             while True:

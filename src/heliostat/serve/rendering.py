@@ -57,6 +57,7 @@ def texts(
     _refuse_apart(nodes, found, form)
     places = [_place(one, form) for one in found.standings]
     cluster = Cluster(tuple(places), means.family, nodes.terms)
+    cluster.refuse_unreachable()
     servers = servers_of(cluster, found.family, found.rows)
     settings = Means(family=folder.resolve(), max_length=nodes.terms.max_length)
     common = common_of(cluster, found.family, settings, write=True)

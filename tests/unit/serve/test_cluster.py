@@ -172,6 +172,12 @@ def test_one_cluster_has_one_kind_of_engine() -> None:
     Cluster(places[1:]).refuse_unreachable()
 
 
+def test_one_cluster_has_one_degree_of_parallelism() -> None:
+    places = (Place(name="a", spawn="vllm"), Place(name="b", spawn="vllm", tensor_parallel=2))
+    with pytest.raises(Refused, match="'b' has tensor_parallel 2, worker 'a' 1"):
+        Cluster(places).refuse_unreachable()
+
+
 def test_servers_terms_are_read_back(tmp_path: Path) -> None:
     content = {
         "vllm": {"page_size": 64, "dtype": "float32", "transfer": "nixl", "key_env": "KEY"},
