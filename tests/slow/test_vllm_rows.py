@@ -1,5 +1,6 @@
 """Every sharing on vLLM is token-exact beside the embedded engine; what cannot be so fails (``make test-vllm``)."""
 
+import json
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,15 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
+from heliostat.bench import gpu_vllm
 from heliostat.bench.vllm_offline import Offline
+from heliostat.build import read_family
 from heliostat.engine.request import Sampling
 from heliostat.errors import Refused
 from heliostat.family import Family
 from heliostat.llm import LLM
-from heliostat.vllm import kept, wire
-from tests.slow.vllm_family import PAGE, SHAPE, family, launch, offline, python
+from heliostat.vllm import kept, layout, wire
+from tests.slow.vllm_family import PAGE, SHAPE, family, inside, launch, offline, python
 
 pytestmark = pytest.mark.slow
 
@@ -298,6 +301,35 @@ def test_two_streams_of_qwen(tmp_path: Path, kind: Any) -> None:
     two_streams(stand, tmp_path, ["base", "ica-a"], prompts(1, PAGE, 2 * PAGE + 1))
 
 
+def test_two_streams_go_on_from_what_the_base_read(
+    stand: Stand, tmp_path: Path, halves: tuple[Offline, Offline]
+) -> None:
+    made = launch(stand.place, "on", "base", ["ica-a.own", "ica-b.own"], two_streams=True, role="decode")
+    with offline(made, log=tmp_path) as (speaker,):
+        asked = crowd(["ica-a", "ica-b"], prompts(*LENGTHS, seed=16))
+        answers = apart(stand, asked, halves[0], speaker)
+        assert stand.wrong(asked, answers) == []
+        again = grown(asked, answers)
+        assert stand.wrong(again, apart(stand, again, halves[0], speaker)) == [], (
+            "partly found, partly loaded"
+        )
+    assert handed(stand) == []
+
+
+def test_heads_in_two_processes_are_handed_over_in_two_shares(stand: Stand, tmp_path: Path) -> None:
+    found = read_family(stand.place)
+    facts: dict[str, Any] = {
+        "tensor_parallel": 2,
+        "fit": layout.fit(stand.place, found, dtype="float32", page_size=PAGE, tensor_parallel=2),
+    }
+    reader = launch(stand.place, "reader", "base", ["sun-a.own"], role="prefill", **facts)
+    speaker = launch(stand.place, "speaker", "base", ["pre-a.own"], role="decode", **facts)
+    with offline(reader, speaker, log=tmp_path) as (one, other):
+        asked = crowd(["sun-a", "pre-a"], prompts(2, PAGE, 2 * PAGE + 1, seed=17))
+        assert stand.wrong(asked, apart(stand, asked, one, other)) == []
+    assert handed(stand) == []
+
+
 def has_nixl() -> bool:
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('nixl') is None)"
     return subprocess.run([python(), "-c", code], check=False).returncode == 0
@@ -325,6 +357,15 @@ def test_the_connector_between_machines_hands_over_to_the_token(stand: Stand, tm
             (failed,) = other.ask([{**right, **change}])
             assert (failed["finish"], failed["tokens"]) == ("error", [])
         assert told(stand, [("sun-a", prompt)], [(first, params)], other) == stand.wanted([("sun-a", prompt)])
+
+
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_vllm.main(["--python", python(), "--dry-run"], {"PYTHONPATH": inside(tmp_path)})
+    found = json.loads(Path(capsys.readouterr().out.split("written: ")[1].strip()).read_text())
+    assert [(row["sharing"], row["same"]) for row in found["exact"]] == [
+        ("sun", 8), ("prefillshare", 8), ("icarus", 8), ("independent", 8)
+    ]  # fmt: skip
+    assert {row["sharing"] for row in found["measured"]} == {row["sharing"] for row in found["exact"]}
 
 
 def test_a_server_of_another_version_does_not_start(stand: Stand, tmp_path: Path) -> None:

@@ -164,4 +164,4 @@ def inside(folder: Path) -> str:
     (facts / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nheliostat = heliostat.vllm.plugin:register\n"
     )
-    return f"{ROOT / 'src'}{os.pathsep}{facts.parent}"
+    return os.pathsep.join([str(ROOT / "src"), str(facts.parent), os.environ.get("PYTHONPATH", "")])

@@ -11,8 +11,9 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ SMALL = {
 """Of the family whose tokens are compared."""
 
 
+Ask = Callable[[Sequence[str], Sequence[list[int]]], tuple[list[list[int]], float, float]]
+"""Members and their prompts -> their answers, seconds of reading apart, seconds of the rest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is measured."""
@@ -72,10 +77,12 @@ TINY = Plan(
 )
 
 
-def made(folder: Path, model: Mapping[str, Any], members: int, dtype: torch.dtype) -> Path:
-    """A family in ``folder`` with so many members of each kind, adapters of rank 16 filled by chance."""
+def made(folder: Path, plan: Plan) -> Path:
+    """A family in ``folder`` with its members of each kind, adapters of rank 16 filled by chance."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{key: value for key, value in model.items() if key != "model_type"})
+    dtype = getattr(torch, plan.dtype)
+    shape = {key: value for key, value in plan.model.items() if key != "model_type"}
+    config = LlamaConfig(**shape, initializer_range=shape["hidden_size"] ** -0.5)  # weights that say something
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder / "base")
     place = folder / "fam"
@@ -83,7 +90,7 @@ def made(folder: Path, model: Mapping[str, Any], members: int, dtype: torch.dtyp
     inside = load_transformer(place / BASE, read_config(place / BASE), dtype=dtype)
     for kind, sharing in PLAYED.items():
         targets = TARGETS[SHARINGS[sharing].targets]
-        for number in range(members):
+        for number in range(plan.members):
             name = f"{kind}-{number}"
             add_adapter(inside, name, r=16, alpha=32, targets=targets)
             for part in adapter_of(inside, name).values():
@@ -146,15 +153,15 @@ class Stand:
 
     def alone(
         self, worker: Offline, members: Sequence[str], asked: Sequence[list[int]]
-    ) -> tuple[list[list[int]], float]:
-        """Answers of one worker that does all, and its seconds."""
+    ) -> tuple[list[list[int]], float, float]:
+        """Answers of one worker that does all, no seconds of reading apart, and its seconds."""
         rows = [self.family.row(member) for member in members]
         requests = [
             self.request(row.speaker, ids, self.plan.tokens, wire.alone(self.digest(row.answer_writer)))
             for row, ids in zip(rows, asked, strict=True)
         ]
         done, seconds = worker.timed(requests)
-        return [one["tokens"] for one in done], seconds
+        return [one["tokens"] for one in done], 0.0, seconds
 
     def apart(
         self, reader: Offline, speaker: Offline, members: Sequence[str], asked: Sequence[list[int]]
@@ -177,66 +184,42 @@ class Stand:
         return answers, reading, speaking
 
 
-def exact(python: str, device: str, folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Of every sharing, how many answers of a small family in float32 are the embedded engine's, token by token."""
-    plan = replace(TINY, device=device, tokens=12, batches=(16,), page_size=32)
-    stand = Stand(made(folder, SMALL, plan.members, torch.float32), plan, python)
-    llm = LLM(stand.place, dtype="float32", cache_mib=64)
-    asked = [ids for n in (1, 31, 32, 33) for ids in prompts(2, n, length=n)]
-    found: dict[str, Any] = {}
-
-    def compare(kind: str, members: Sequence[str], answers: Sequence[list[int]]) -> None:
-        wanted = llm.generate(asked, member=members, max_tokens=plan.tokens, ignore_eos=True)
-        same = sum(list(want.ids) == got for want, got in zip(wanted, answers, strict=True))
-        found[PLAYED[kind]] = {"same": same, "asked": len(asked)}
-
+def kinds(stand: Stand, folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[str, Ask]]:
+    """Each kind of member with a way to ask it; what it takes runs while it is asked."""
+    started = partial(offline, python=stand.python, log=folder, environment=environment)
     halves = (
         stand.launch("reader", ["handed"], role="prefill"),
         stand.launch("speaker", ["spoken"], role="decode"),
     )
-    with offline(*halves, python=python, log=folder, environment=environment) as (reader, speaker):
+    with started(*halves) as (reader, speaker):
         for kind in ("handed", "spoken"):
-            members = stand.members(kind, len(asked))
-            long = [
-                ids if len(ids) > 1 else [*ids, 5] for ids in asked
-            ]  # nothing stands below the boundary of one token
-            asked[:] = long
-            compare(kind, members, stand.apart(reader, speaker, members, asked)[0])
+            yield kind, partial(stand.apart, reader, speaker)
     for kind in ("streamed", "adapted"):
-        one = stand.launch(kind, [kind], two_streams=kind == "streamed")
-        with offline(one, python=python, log=folder, environment=environment) as (worker,):
-            members = stand.members(kind, len(asked))
-            compare(kind, members, stand.alone(worker, members, asked)[0])
-    return found
+        with started(stand.launch(kind, [kind], two_streams=kind == "streamed")) as (worker,):
+            yield kind, partial(stand.alone, worker)
 
 
-def measured(python: str, plan: Plan, folder: Path, environment: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Answer tokens a second of each way of sharing at each batch, fresh prompts; of halves, the speaking one's."""
-    dtype = getattr(torch, plan.dtype)
-    stand = Stand(made(folder, plan.model, plan.members, dtype), plan, python)
-    rows: list[dict[str, Any]] = []
+def exact(stand: Stand, llm: LLM, kind: str, ask: Ask) -> dict[str, Any]:
+    """How many answers are the embedded engine's, token by token."""
+    asked = [ids for n in (2, 31, 32, 33) for ids in prompts(2, n, length=n)]
+    members = stand.members(kind, len(asked))
+    answers, _, _ = ask(members, asked)
+    wanted = llm.generate(asked, member=members, max_tokens=stand.plan.tokens, ignore_eos=True)
+    same = sum(list(want.ids) == got for want, got in zip(wanted, answers, strict=True))
+    return {"sharing": PLAYED[kind], "same": same, "asked": len(asked)}
 
-    def batches(kind: str, ask: Any) -> None:
-        for batch in plan.batches:
-            seconds = []
-            for number in range(plan.repeats + 1):
-                asked = prompts(batch, 10**6 * batch + 100 * len(rows) + number, length=plan.prompt)
-                seconds.append(ask(stand.members(kind, batch), asked))
-            reading, speaking = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
-            told = {"sharing": PLAYED[kind], "batch": batch, "reading": reading}
-            rows.append({**told, "tokens_per_second": batch * plan.tokens / speaking})
 
-    halves = (
-        stand.launch("reader", ["handed"], role="prefill"),
-        stand.launch("speaker", ["spoken"], role="decode"),
-    )
-    with offline(*halves, python=python, log=folder, environment=environment) as (reader, speaker):
-        for kind in ("handed", "spoken"):
-            batches(kind, lambda members, asked: stand.apart(reader, speaker, members, asked)[1:])
-    for kind in ("streamed", "adapted"):
-        one = stand.launch(kind, [kind], two_streams=kind == "streamed")
-        with offline(one, python=python, log=folder, environment=environment) as (worker,):
-            batches(kind, lambda members, asked, w=worker: (0.0, stand.alone(w, members, asked)[1]))
+def measured(stand: Stand, kind: str, ask: Ask) -> list[dict[str, Any]]:
+    """Seconds of each batch, fresh prompts each time; the first time is not counted."""
+    rows, plan = [], stand.plan
+    for batch in plan.batches:
+        seconds = []
+        for number in range(plan.repeats + 1):
+            asked = prompts(batch, 10**6 * batch + number, length=plan.prompt)
+            seconds.append(ask(stand.members(kind, batch), asked)[1:])
+        reading, speaking = (statistics.median(column) for column in zip(*seconds[1:], strict=True))
+        told = {"sharing": PLAYED[kind], "batch": batch, "tokens": plan.tokens}
+        rows.append({**told, "reading": reading, "speaking": speaking})
     return rows
 
 
@@ -253,16 +236,23 @@ def main(given: Sequence[str] | None = None, environment: Mapping[str, str] | No
     asked = parser.parse_args(given)
     if not asked.dry_run and not torch.cuda.is_available():
         raise Refused(f"device is {asked.device}; this measures a GPU: take a machine with one, or --dry-run")
-    plan = TINY if asked.dry_run else Plan(asked.device, LLAMA_8B, "bfloat16", 16, repeats=asked.repeats)
+    small = replace(TINY, device="cpu" if asked.dry_run else asked.device)
     out = Path(tempfile.mkdtemp()) if asked.dry_run else asked.out
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "small").mkdir()
-        (Path(folder) / "large").mkdir()
-        inherited = environment or {}
-        found = {
-            "exact": exact(asked.python, plan.device, Path(folder) / "small", inherited),
-            "measured": measured(asked.python, plan, Path(folder) / "large", inherited),
-        }
+    compared: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as named:
+        folder = Path(named)
+        stand = Stand(made(folder / "small", small), small, asked.python)
+        llm = LLM(stand.place, dtype="float32", cache_mib=64)
+        for kind, ask in kinds(stand, folder, environment or {}):
+            compared.append(exact(stand, llm, kind, ask))
+            rows += measured(stand, kind, ask) if asked.dry_run else []
+        plan = small if asked.dry_run else Plan(asked.device, LLAMA_8B, "bfloat16", 16, repeats=asked.repeats)
+        if not asked.dry_run:
+            stand = Stand(made(folder / "large", plan), plan, asked.python)
+            for kind, ask in kinds(stand, folder, environment or {}):
+                rows += measured(stand, kind, ask)
+    found = {"exact": compared, "measured": rows}
     command = "python -m heliostat.bench.gpu_vllm" + (" --dry-run" if asked.dry_run else "")
     birth = certificate(command, dtype=plan.dtype, repeats=plan.repeats, members=plan.members)
     out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from heliostat import __version__
 from heliostat.errors import Refused
 from heliostat.vllm.asked import Settings, Wrong, settings_of, wrong
 from heliostat.vllm.launch import FILES
@@ -95,7 +94,7 @@ class Front:
             fit=settings.fit,
             transfer=settings.transfer,
             vllm=_version("vllm"),
-            heliostat=__version__,
+            heliostat=_version("heliostat"),
             pages=_pages(scope),
         )
 
