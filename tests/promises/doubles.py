@@ -118,7 +118,7 @@ class Double:
             "fit": FIT,
         }
         expected = Expected(worker=self.name, **(facts | more.pop("expected", {})))
-        options = {"beat": 0.05, "patience": 1.0} | more
+        options = {"beat": 0.5, "patience": 120.0} | more
         return HttpWorker(HttpLine(self.url), expected, self.tokenizer, **options)
 
     async def dies(self) -> None:

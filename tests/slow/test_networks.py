@@ -100,7 +100,7 @@ class House:
         if role in self.workers:
             await self.workers.pop(role).close()
         tokenizer = load_tokenizer(self.folder, read_family(self.folder))
-        worker = HttpWorker(HttpLine(self.urls[role]), self.expected[role], tokenizer, beat=0.1, patience=1.0)
+        worker = HttpWorker(HttpLine(self.urls[role]), self.expected[role], tokenizer, beat=0.2, patience=1.5)
         worker.start()
         self.workers[role] = worker
         async with asyncio.timeout(20):
