@@ -20,9 +20,6 @@ from heliostat.serve.processes import Means
 from heliostat.vllm.launch import FILES, NIXL, Launch, command
 from heliostat.vllm.layout import refuse_unfit
 
-SIDE = 10_000
-"""What is added to a server's port for the line on which its connector meets the others."""
-
 
 @dataclass(frozen=True, slots=True)
 class Sized:
@@ -102,11 +99,10 @@ def _started(
     environment = dict(made.environment)
     if not cpu and form != "ray":  # Ray gives devices itself
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, one.devices))
-    if common.terms.transfer == NIXL:
-        environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] = (
-            render.service_name(one.name) if form == "kubernetes" else one.node.address
-        )
-        environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(one.port + SIDE)
+    if (
+        common.terms.transfer == NIXL and form == "kubernetes"
+    ):  # it listens everywhere, and is met by its name
+        environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] = render.service_name(one.name)
     return render.Started(one, made, environment)
 
 
