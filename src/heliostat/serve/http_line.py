@@ -12,6 +12,8 @@ from heliostat.vllm.wire import CODE
 
 CONNECT_SECONDS = 5.0
 """Most seconds until a connection stands; how long an answer may take is for who asks to say."""
+IDLE_SECONDS = 2.0
+"""Seconds for which an idle connection is kept: less than servers do, which would close it under a request."""
 LONGEST_LINE = 2**22
 """Bytes of one event."""
 _COMPLAINT = 300
@@ -35,7 +37,9 @@ class HttpLine:
         self._http = httpx2.AsyncClient(
             headers=headers,
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx2.Limits(
+                max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE_SECONDS
+            ),
             trust_env=False,  # what a proxy would see is not for it
         )
 

@@ -32,7 +32,7 @@ from heliostat.serve.http_watch import PATIENCE
 from heliostat.serve.http_worker import HttpWorker
 from heliostat.serve.log import Log
 from heliostat.serve.nodes import USED
-from heliostat.serve.processes import Means
+from heliostat.serve.processes import SILENT, Means
 from heliostat.serve.roster import module_name
 from heliostat.serve.supervisor import Supervisor
 from heliostat.vllm.launch import command
@@ -141,9 +141,8 @@ class Servers:
             raise
 
     async def _reach(self, url: str, expected: Expected, process: Popen[bytes] | None) -> Served:
-        worker = HttpWorker(
-            HttpLine(url, key=self._common.key if process is None else self._key), expected, self._tokenizer
-        )
+        key, patience = (self._common.key, PATIENCE) if process is None else (self._key, SILENT)
+        worker = HttpWorker(HttpLine(url, key=key), expected, self._tokenizer, patience=patience)
         told = asyncio.get_running_loop().time() + PATIENCE
         try:
             while True:
