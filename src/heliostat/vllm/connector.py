@@ -279,7 +279,7 @@ class InWorker:
         self.layout = json.dumps([torch.backends.cpu.get_cpu_capability(), shapes])
         if settings.role == "prefill":
             own, keep = settings.incarnation, settings.keep_mib << 20
-            shelf = kept.Shelf(self.folder, own, keep // self.connector.parts, settings.lease)
+            shelf = kept.Shelf(self.folder, own, keep, settings.lease)  # it counts all shares
             self.shelf = shelf.open() if self.part == 0 else shelf
 
     def load(self, job: Job) -> None:

@@ -59,8 +59,8 @@ class Front:
         path = scope["path"]
         if path in (DESCRIBED, RELEASE):
             return await self._own(scope, receive, send)
-        if path not in ASKED or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
+        if path not in ASKED or scope["method"] != "POST" or not _allowed(scope):
+            return await self.app(scope, receive, send)  # behind this stands vLLM's own question for the key
         body = await _body(receive)
         if body is None:
             return await _say(send, 413, Wrong("refused", f"the body has more than {MAX_BODY >> 20} MiB"))

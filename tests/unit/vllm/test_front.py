@@ -85,6 +85,13 @@ def test_its_own_paths_ask_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(front("prefill"), wire.DESCRIBED, method="GET", key="secret")[0] == 200
 
 
+def test_who_has_no_key_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    wrong = request(wire.alone(W))
+    assert ask(front("decode"), COMPLETIONS, wrong)[:2] == (200, wrong), "vLLM itself turns it away"
+    assert ask(front("decode"), COMPLETIONS, wrong, key="secret")[2] == "module_missing"
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_what_is_right_goes_on_as_it_came(parts: int) -> None:
     body = request(wire.keep(B, 3))
