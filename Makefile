@@ -38,8 +38,8 @@ test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
 	$(BIN)/python -m pytest -m slow -rs
 
-test-vllm: $(STAMP) .venv-vllm/.stamp  ## every sharing on vLLM, beside the embedded engine; six minutes
-	HELIOSTAT_VLLM=$(VLLM) $(BIN)/python -m pytest -m slow -rs tests/slow/test_vllm.py tests/slow/test_vllm_rows.py
+test-vllm: $(STAMP) .venv-vllm/.stamp  ## every sharing on vLLM, beside the embedded engine, workers and whole servers; a quarter of an hour
+	HELIOSTAT_VLLM=$(VLLM) $(BIN)/python -m pytest -m slow -rs tests/slow/test_vllm.py tests/slow/test_vllm_rows.py tests/slow/test_vllm_serving.py tests/slow/test_networks.py
 
 check: lint types  ## lint, types and the rules of the house, in seconds
 	$(BIN)/python -m pytest -q tests/house
