@@ -130,7 +130,8 @@ async def house(folder: Path, nets: dict[str, Net]) -> AsyncIterator[House]:
     family = read_family(folder)
     row = family.row(MEMBER)
     roles: dict[str, str] = {"prefill": row.prompt_writer, "decode": row.speaker}
-    processes, urls = [], {}
+    processes: list[asyncio.subprocess.Process] = []
+    urls: dict[str, str] = {}
     made = House(Dispatcher(Metrics(), deadline=DEADLINE), {}, urls, folder, {})
     try:
         for role, module in roles.items():

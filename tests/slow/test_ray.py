@@ -47,7 +47,12 @@ def test_ray_serves_what_was_rendered(
     name = module_name(BASE, loaded.digest)
     node = Node(name="n", address="127.0.0.1", device="cpu", devices=2, memory=16384)
     terms = Terms(transfer="double", dtype="float32", page_size=32, max_length=128)
-    found = texts(bare_family, Nodes((node,), terms, "127.0.0.1"), "ray", Means(family=str(bare_family)))
+    found = texts(
+        bare_family,
+        Nodes((node,), terms, "127.0.0.1"),
+        "ray",
+        Means(family=str(bare_family), python="python3"),
+    )
 
     async def story() -> None:
         content = yaml.safe_load(found["ray.yaml"])

@@ -29,12 +29,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from heliostat.bench.birth import certificate
 from heliostat.bench.decode import SHAPES, shape
-from heliostat.bench.gpu_vllm import made
+from heliostat.bench.gpu_vllm import Plan, made
 from heliostat.build import describe_module, read_family, write_family
 from heliostat.errors import Refused
 from heliostat.family import BASE, SHARINGS, Member
 from heliostat.files import atomic_write_text
 
+PAGE = 32
+"""Positions."""
 STARTING = 900.0
 """Most seconds until a system answers."""
 NAMES = {
@@ -62,7 +64,7 @@ class Load:
 def family_of(folder: Path, load: Load) -> Path:
     """A family of random weights with whole members besides those that ``gpu_vllm`` makes."""
     dtype = getattr(torch, load.dtype)
-    place = made(folder, shape(load.shape), load.members, dtype)
+    place = made(folder, Plan("cpu", shape(load.shape), load.dtype, PAGE, members=load.members))
     config = LlamaConfig(**{key: value for key, value in shape(load.shape).items() if key != "model_type"})
     for number in range(load.members):
         torch.manual_seed(100 + number)
@@ -92,7 +94,7 @@ def cluster_of(system: str, load: Load, place: Path) -> dict[str, Any]:
         {"name": f"w{number}", "spawn": "vllm", "roles": roles, "modules": modules}
         for number, modules in enumerate(hosted)
     ]
-    terms = {"dtype": load.dtype, "page_size": 32, "max_length": 2048}
+    terms = {"dtype": load.dtype, "page_size": PAGE, "max_length": 2048}
     return {"family": str(place), "vllm": terms, "workers": workers}
 
 

@@ -1,5 +1,7 @@
 """Orders as completions, completions as tokens, and what of an order cannot be carried."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -63,7 +65,7 @@ def test_fewer_tokens_are_held_back_where_some_were_said() -> None:
 
 
 @pytest.mark.parametrize("wish", [{"presence_penalty": 0.1}, {"frequency_penalty": -0.1}])
-def test_penalties_forget_what_another_server_said(wish: dict[str, float]) -> None:
+def test_penalties_forget_what_another_server_said(wish: dict[str, Any]) -> None:
     assert beyond(order(**wish), said=0) == "" == beyond(order(), said=3)
     assert "embedded engine" in beyond(order(**wish), said=1)
     assert beyond(order(max_tokens=1, **wish), said=1) == "", "nothing more is said"
