@@ -13,7 +13,7 @@ VLLM := .venv-vllm/bin/python
 OPENVINO := .venv-openvino/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-train vllm-env openvino-env kernel-envs results docs clean
+.PHONY: help demo base test test-slow test-vllm check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-vllm bench-gpu-train vllm-env openvino-env kernel-envs results docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
 	$(BIN)/python -m pytest -m slow -rs
 
+test-vllm: $(STAMP) .venv-vllm/.stamp  ## every sharing on vLLM, beside the embedded engine, workers and whole servers; a quarter of an hour
+	HELIOSTAT_VLLM=$(VLLM) $(BIN)/python -m pytest -m slow -rs tests/slow/test_vllm.py tests/slow/test_vllm_rows.py tests/slow/test_vllm_serving.py tests/slow/test_networks.py
+
 check: lint types  ## lint, types and the rules of the house, in seconds
 	$(BIN)/python -m pytest -q tests/house
 
@@ -54,6 +57,7 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 
 SHORT := out/bench/short
 TRACES ?=
+PYTHON_VLLM ?= $(VLLM)
 
 bench: $(STAMP)  ## a short version of everything, into out/bench: no 95th percentiles
 	rm -rf $(SHORT)
@@ -98,6 +102,9 @@ bench-gpu: $(STAMP)  ## on a CUDA device: its tests, decoding, attention, prefil
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m heliostat.bench.gpu
+
+bench-gpu-vllm: $(STAMP)  ## on a CUDA device: a family on vLLM; PYTHON_VLLM=of an environment with vLLM and heliostat
+	$(BIN)/python -m heliostat.bench.gpu_vllm --python $(PYTHON_VLLM)
 
 bench-gpu-train: $(STAMP)  ## on a CUDA device: tuners side by side on an 8B shape
 	$(BIN)/heliostat bench train --device cuda --tuners lora,paca --hidden-size 4096 --layers 32 --vocabulary 128256 --batch 1 --length 2048 --spoken 512 --r 32 --no-peft --loss-steps 0 --budget-mib 81920 --out out/bench-gpu

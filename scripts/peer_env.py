@@ -34,6 +34,8 @@ def make(peer: str, folder: Path) -> None:
     if peer == "vllm":
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *FOREIGN], check=True)
         name_it_vllm(python)
+        # Its plug-ins, and nothing that they would bring along.
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", str(Path(__file__).parents[1])], check=True)
     if peer in SOURCES:
         load_sources(peer, folder, pip)
     if peer == "ggml":

@@ -28,6 +28,7 @@ FLOORS = {
     "heliostat.quantize": 4,
     "heliostat.serve": 4,
     "heliostat.train": 4,
+    "heliostat.vllm": 4,
     "heliostat.bench": 5,
     "heliostat.check": 5,
     "heliostat.cli": 5,

@@ -56,6 +56,13 @@ POLICY = (
     "heliostat.engine.store",
     "heliostat.engine.arrivals",
     "heliostat.clock",
+    "heliostat.serve.http_facts",
+    "heliostat.serve.http_layout",
+    "heliostat.serve.http_line",
+    "heliostat.serve.http_orders",
+    "heliostat.serve.http_watch",
+    "heliostat.serve.nodes",
+    "heliostat.serve.render",
     "heliostat.serve.protocol",
     "heliostat.serve.cluster",
     "heliostat.serve.router",
@@ -64,6 +71,10 @@ POLICY = (
     "heliostat.serve.router_places",
     "heliostat.serve.router_sets",
     "heliostat.serve.scaling",
+    "heliostat.vllm.asked",
+    "heliostat.vllm.launch",
+    "heliostat.vllm.versions",
+    "heliostat.vllm.wire",
 )
 MECHANISM = frozenset({"torch", "numpy", "transformers", "safetensors", "peft", "triton"})
 

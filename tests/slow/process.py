@@ -21,7 +21,9 @@ def served(family: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[
 
 
 @contextmanager
-def told(family: Path | None, *options: str) -> Iterator[tuple[str, subprocess.Popen[str], "Reading"]]:
+def told(
+    family: Path | None, *options: str, starting: float = 120
+) -> Iterator[tuple[str, subprocess.Popen[str], "Reading"]]:
     """The same, and its log."""
     command = [
         sys.executable,
@@ -38,7 +40,7 @@ def told(family: Path | None, *options: str) -> Iterator[tuple[str, subprocess.P
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = Reading(process)
     try:
-        address = log.address()
+        address = log.address(starting)
         yield address, process, log
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -78,9 +80,9 @@ class Reading:
         found = [json.loads(line) for line in self._lines if line.startswith("{")]
         return [line for line in found if line["event"] == name]
 
-    def address(self) -> str:
+    def address(self, seconds: float = 120) -> str:
         """Where it listens, as soon as it does."""
-        self._begun.wait(120)
+        self._begun.wait(seconds)
         assert self._address, self.text
         return self._address
 

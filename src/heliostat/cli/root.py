@@ -48,6 +48,9 @@ COMMANDS: Mapping[str, Command] = {
     "generate": Command("answering", "generate", "Answer one prompt, or a file of prompts.", ASK),
     "chat": Command("chatting", "chat", "Talk with a member, and switch members as you go.", ASK),
     "serve": Command("serving", "serve", "Serve members over HTTP to any OpenAI client.", ASK),
+    "cluster": Command(
+        "clustering", "cluster", "Size and write down vLLM servers for several machines.", ASK
+    ),
     "eval": Command("grading", "grade_member", "Grade a member's answers to held-out data.", ASK),
     "inspect": Command("inspecting", "inspect_family", "Show modules, members, and what they share.", LOOK),
     "check": Command(

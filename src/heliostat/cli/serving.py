@@ -42,6 +42,9 @@ Readers = Annotated[
 Speakers = Annotated[
     int | None, typer.Option(show_default=False, help="So many processes that speak; neither: one does all.")
 ]
+Engine = Annotated[
+    str, typer.Option(help="embedded, or vllm: its servers as worker processes (python of HELIOSTAT_VLLM).")
+]
 ClusterFile = Annotated[
     Path | None,
     typer.Option(show_default=False, help="YAML file that says which worker hosts which modules."),
@@ -79,6 +82,7 @@ def serve(
     tls_key: Pem = None,
     prefill_workers: Readers = None,
     decode_workers: Speakers = None,
+    engine: Engine = "embedded",
     cluster: ClusterFile = None,
     print_cluster: PrintCluster = False,
     dtype: Dtype = "auto",
@@ -105,6 +109,7 @@ def serve(
         cluster=cluster,
         prefill_workers=prefill_workers,
         decode_workers=decode_workers,
+        engine=engine,
         host=host,
         port=port,
         members=member or None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,8 +21,8 @@ from heliostat.serve.protocol import Role
 PREFILL: Role = "prefill"
 DECODE: Role = "decode"
 ROLES: tuple[Role, ...] = get_args(Role)
-EMBEDDED = "embedded"
-"""The engine that this version starts by itself."""
+EMBEDDED, VLLM = ENGINES = ("embedded", "vllm")
+"""The engines that are started here; one that runs at a url is of the second kind."""
 EXAMPLE = "lines like `workers: [{spawn: embedded, roles: [prefill]}, {spawn: embedded, roles: [decode]}]`"
 
 
@@ -41,6 +41,29 @@ class Place:
     """None: an equal share of the cores."""
     memory: int | None = None
     """MiB for weights, pages and workspace together; None: weights and workspace, and --cache-mib for pages."""
+    tensor_parallel: int = 1
+    """Devices that one server of the second engine is spread over."""
+
+    @property
+    def engine(self) -> str:
+        """Its kind."""
+        return VLLM if self.url is not None else str(self.spawn)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What all servers of the second engine have in common, and must say of themselves."""
+
+    page_size: int = 32
+    """Positions."""
+    dtype: str | None = None
+    """Number format; None: bfloat16."""
+    transfer: str = "files"
+    """How keys and values travel: ``files`` (one machine), ``nixl``, or another connector's name."""
+    max_length: int | None = None
+    """Most tokens of a request; None: what the base allows."""
+    key_env: str | None = None
+    """Name of the environment variable that holds the servers' key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +73,7 @@ class Cluster:
     places: tuple[Place, ...]
     family: str | None = None
     """Folder, as it is written in the file."""
+    terms: Terms = Terms()
 
     def __post_init__(self) -> None:
         names = [place.name for place in self.places]
@@ -90,20 +114,39 @@ class Cluster:
             p if p.modules is not None else replace(p, modules=tuple(asked.get(p.name, ())))
             for p in self.places
         )
-        return Cluster(tuple(places), self.family)
+        return Cluster(tuple(places), self.family, self.terms)
+
+    @property
+    def engine(self) -> str:
+        """The kind of all its workers."""
+        return self.places[0].engine
 
     def refuse_unreachable(self) -> None:
-        """Raise Refused for the first worker whose engine this version cannot start or reach."""
+        """Raise Refused for the first worker whose engine this version cannot start or reach, or that is of another
+        kind than the others."""
         for place in self.places:
-            if place.url is not None:
+            if place.engine not in ENGINES:
+                near = _near(place.engine, ENGINES)
                 raise Refused(
-                    f"worker {place.name!r} runs at {place.url}: this version reaches only engines that it starts "
-                    f"itself (spawn: {EMBEDDED})"
+                    f"worker {place.name!r}: no engine {place.spawn!r}{near}; this version starts: {', '.join(ENGINES)}"
                 )
-            if place.spawn != EMBEDDED:
-                near = _near(str(place.spawn), (EMBEDDED,))
+            if place.url is not None and not place.url.startswith(("http://", "https://")):
                 raise Refused(
-                    f"worker {place.name!r}: no engine {place.spawn!r}{near}; this version starts: {EMBEDDED}"
+                    f"worker {place.name!r}: url is {place.url!r}; it must be like http://10.0.0.2:8001"
+                )
+            if place.engine != self.engine:
+                raise Refused(
+                    f"worker {place.name!r} is of engine {place.engine}, worker {self.places[0].name!r} of {self.engine}: "
+                    "their pages mean nothing to each other; one cluster has one kind"
+                )
+            if place.tensor_parallel != self.places[0].tensor_parallel:
+                raise Refused(
+                    f"worker {place.name!r} has tensor_parallel {place.tensor_parallel}, worker {self.places[0].name!r} "
+                    f"{self.places[0].tensor_parallel}: keys and values do not travel between the two; give all the same"
+                )
+            if place.engine == EMBEDDED and place.tensor_parallel > 1:
+                raise Refused(
+                    f"worker {place.name!r}: tensor_parallel is for {VLLM}; the embedded engine runs on one device"
                 )
 
     def refuse_unplayable(self, family: Family, rows: Mapping[str, Row]) -> None:
@@ -132,26 +175,36 @@ class Cluster:
         shown = [
             {key: value for key, value in _shown(place).items() if value is not None} for place in self.places
         ]
-        content = {"family": self.family, "workers": shown} if self.family else {"workers": shown}
+        content: dict[str, Any] = {"family": self.family} if self.family else {}
+        if self.terms != Terms():
+            content["vllm"] = {key: value for key, value in asdict(self.terms).items() if value is not None}
+        content["workers"] = shown
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def laid_out(*, prefill: int, decode: int, family: str | None = None) -> Cluster:
+def laid_out(
+    *,
+    prefill: int,
+    decode: int,
+    family: str | None = None,
+    engine: str = EMBEDDED,
+    terms: Terms | None = None,
+) -> Cluster:
     """So many workers that prefill and so many that decode, on this machine."""
     if prefill < 1 or decode < 1:
         raise Refused(
             f"--prefill-workers {prefill} and --decode-workers {decode}: give both, each at least 1 (neither: one "
             "process does all)"
         )
-    places = [Place(name=f"prefill-{n}", roles=(PREFILL,)) for n in range(prefill)]
-    places += [Place(name=f"decode-{n}", roles=(DECODE,)) for n in range(decode)]
-    return Cluster(tuple(places), family)
+    places = [Place(name=f"prefill-{n}", spawn=engine, roles=(PREFILL,)) for n in range(prefill)]
+    places += [Place(name=f"decode-{n}", spawn=engine, roles=(DECODE,)) for n in range(decode)]
+    return Cluster(tuple(places), family, terms or Terms())
 
 
 def read(path: Path) -> Cluster:
     """The cluster of a YAML file; what is wrong with it is refused with the place and the nearest name."""
     content = read_yaml(path, what=f"cluster file: it should hold {EXAMPLE}")
-    _refuse_unknown(content, ("family", "workers"), where=str(path))
+    refuse_unknown(content, ("family", "vllm", "workers"), where=str(path))
     workers, family = content.get("workers"), content.get("family")
     if not isinstance(workers, list):
         raise Refused(f"{path}: workers is {workers!r}; it must be a list of workers")
@@ -161,14 +214,31 @@ def read(path: Path) -> Cluster:
     for number, values in enumerate(workers):
         place = _place(values, where=f"{path}: workers[{number}]", counts=counts)
         places.append(place)
-    return Cluster(tuple(places), family)
+    return Cluster(tuple(places), family, terms_of(content.get("vllm", {}), where=f"{path}: vllm"))
+
+
+def terms_of(values: Any, *, where: str) -> Terms:
+    """What all servers have in common; Refused, with the place, for what is wrong."""
+    if not isinstance(values, dict):
+        raise Refused(f"{where} is {values!r}; it must hold lines like `page_size: 32`")
+    refuse_unknown(values, [field.name for field in fields(Terms)], where=where)
+    for word in ("dtype", "transfer", "key_env"):
+        if not isinstance(values.get(word, ""), str):
+            raise Refused(f"{where}: {word} is {values[word]!r}; it must be a text")
+    for word in ("page_size", "max_length"):
+        counted(values.get(word), f"{where}: {word}")
+    return Terms(**values)
 
 
 def _place(values: Any, *, where: str, counts: dict[str, int]) -> Place:
     if not isinstance(values, dict):
         raise Refused(f"{where} is {values!r}; it must hold lines like `roles: [decode]`")
-    _refuse_unknown(values, ("name", "spawn", "url", "modules", "roles", "threads", "memory"), where=where)
-    roles = tuple(_words(values.get("roles", list(ROLES)), f"{where}: roles"))
+    refuse_unknown(
+        values,
+        ("name", "spawn", "url", "modules", "roles", "threads", "memory", "tensor_parallel"),
+        where=where,
+    )
+    roles = tuple(words(values.get("roles", list(ROLES)), f"{where}: roles"))
     if strange := [role for role in roles if role not in ROLES]:
         raise Refused(
             f"{where}: no role {strange[0]!r}{_near(strange[0], ROLES)}; allowed are {', '.join(ROLES)}"
@@ -186,10 +256,11 @@ def _place(values: Any, *, where: str, counts: dict[str, int]) -> Place:
         name=name,
         spawn=spawn,
         url=url,
-        modules=None if modules is None else tuple(dict.fromkeys(_words(modules, f"{where}: modules"))),
+        modules=None if modules is None else tuple(dict.fromkeys(words(modules, f"{where}: modules"))),
         roles=tuple(role for role in ROLES if role in roles),
-        threads=_count(values.get("threads"), f"{where}: threads"),
-        memory=_count(values.get("memory"), f"{where}: memory (MiB)"),
+        threads=counted(values.get("threads"), f"{where}: threads"),
+        memory=counted(values.get("memory"), f"{where}: memory (MiB)"),
+        tensor_parallel=counted(values.get("tensor_parallel"), f"{where}: tensor_parallel") or 1,
     )
 
 
@@ -197,7 +268,7 @@ def _engine(values: Mapping[str, Any], where: str) -> tuple[str | None, str | No
     spawn, url = values.get("spawn"), values.get("url")
     if (spawn is None) == (url is None):
         raise Refused(
-            f"{where}: give spawn: {EMBEDDED} to start it here, or the url at which it runs; one of them"
+            f"{where}: give spawn: {EMBEDDED} or {VLLM} to start it here, or the url of a vLLM server; one of them"
         )
     for word, value in (("spawn", spawn), ("url", url)):
         if value is not None and not isinstance(value, str):
@@ -205,13 +276,15 @@ def _engine(values: Mapping[str, Any], where: str) -> tuple[str | None, str | No
     return spawn, url
 
 
-def _words(value: Any, where: str) -> Sequence[str]:
+def words(value: Any, where: str) -> Sequence[str]:
+    """A list of texts; Refused where it is none."""
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise Refused(f"{where} is {value!r}; it must be a list of names")
     return value
 
 
-def _count(value: Any, where: str) -> int | None:
+def counted(value: Any, where: str) -> int | None:
+    """A number of at least 1, or None; Refused where it is something else."""
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -219,7 +292,8 @@ def _count(value: Any, where: str) -> int | None:
     return value
 
 
-def _refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], *, where: str) -> None:
+def refuse_unknown(values: Mapping[Any, Any], known: Iterable[str], *, where: str) -> None:
+    """Raise Refused, with the nearest known one, for the first key that is not known."""
     table = dict.fromkeys(known)
     for name in values:
         try:
@@ -242,4 +316,5 @@ def _shown(place: Place) -> dict[str, Any]:
         "modules": None if place.modules is None else list(place.modules),
         "threads": place.threads,
         "memory": place.memory,
+        "tensor_parallel": place.tensor_parallel if place.tensor_parallel > 1 else None,
     }

@@ -261,6 +261,8 @@ class Dispatcher:
             return
         if not attempt.arrived:
             self._arrive(open_, attempt, found)
+        elif found.spent is not None and attempt.route.prefill is None:
+            open_.found(found.spent)
         self._heard(open_, found)
         if found.finish is not None:
             attempt.over.set_result(None)

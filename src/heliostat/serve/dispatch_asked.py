@@ -105,6 +105,10 @@ class Open:
         """What its prompt took; who asks again later finds its own pages, which nobody else's request left there."""
         self.phases.queue += spent.waited
         self.phases.prefill += spent.ran
+        self.found(spent)
+
+    def found(self, spent: Spent) -> None:
+        """What of its prompt was there already; some engines count only when they have answered."""
         if self.tries <= 1:
             self.cached_tokens = max(self.cached_tokens, spent.cached)
 

@@ -51,7 +51,14 @@ class Described(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Most handed requests that it takes in before their pages have arrived; more are Failed as ``busy``."""
     hands: bool
     """Whether its pages can be read by other workers of this machine."""
+    apart: bool = True
+    """Whether it answers prompts that another module wrote than the one which writes their answers."""
     draining: bool = False
+
+    @property
+    def abilities(self) -> tuple[str, ...]:
+        """Its roles, and ``apart`` where it decodes such requests."""
+        return (*self.roles, "apart") if self.apart and "decode" in self.roles else self.roles
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +112,8 @@ class Handle(msgspec.Struct, frozen=True, kw_only=True):
     """Of each page's bytes."""
     lease: float
     """Seconds for which they are kept, from when this was sent."""
+    transfer: str = ""
+    """Where an engine of another kind wrote them: what it says of them, as JSON. Pages are then not told."""
 
 
 def content_of(order: Order) -> str:

@@ -123,7 +123,7 @@ class Router:
         self._seats: dict[str, _Seat] = {}
         self._by_place: dict[int, _Seat] = {}
         self._hosts: dict[Hosted, int] = {}
-        self._roles = dict.fromkeys(ROLES, 0)
+        self._roles = dict.fromkeys((*ROLES, "apart"), 0)
         self._up = self._half = 0
         """Those that may be asked (a worker whose breaker is open may not), and of them those with one order only."""
         self._room = 0
@@ -170,7 +170,7 @@ class Router:
                 self._hosts[hosted] = who
             else:
                 self._hosts.pop(hosted, None)
-        for role in seat.offer.roles:
+        for role in seat.offer.abilities:
             self._roles[role] = self._roles[role] & ~bit | (bit if on else 0)
 
     def _weigh(self, seat: _Seat) -> None:
@@ -233,7 +233,8 @@ class Router:
 
     def _able(self, wish: Wish) -> int:
         """Who could decode it, up or not."""
-        able = self._roles[DECODE]
+        row = wish.order.row
+        able = self._roles[DECODE if row.prompt_writer == row.answer_writer else "apart"]
         for hosted in wish.answerers:
             able &= self._hosts.get(hosted, 0)
         return able

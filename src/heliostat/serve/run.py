@@ -20,12 +20,14 @@ from heliostat.engine.speculation.wanted import Wanted
 from heliostat.errors import Refused
 from heliostat.family import BASE, Family, Row
 from heliostat.serve.app import build
-from heliostat.serve.cluster import Cluster, laid_out
+from heliostat.serve.cluster import DECODE, EMBEDDED, ENGINES, PREFILL, VLLM, Cluster, Terms, laid_out
 from heliostat.serve.cluster import read as read_cluster
 from heliostat.serve.connections import capped
 from heliostat.serve.crew import Alone, Crew, named
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.gate import host_names, is_loopback
+from heliostat.serve.http_layout import groups_of, with_modules
+from heliostat.serve.http_processes import servers
 from heliostat.serve.keys import Keys
 from heliostat.serve.log import Log
 from heliostat.serve.metrics import Metrics
@@ -51,6 +53,8 @@ class Settings:
     prefill_workers: int | None = None
     """Worker processes by what they do; None: one process does all."""
     decode_workers: int | None = None
+    engine: str = EMBEDDED
+    """What worker processes are; a cluster file says it itself."""
     host: str = "127.0.0.1"
     port: int = 8000
     members: Sequence[str] | None = None
@@ -83,6 +87,10 @@ class Settings:
             raise Refused(
                 "--cluster says which workers there are: leave --prefill-workers and --decode-workers out"
             )
+        if self.engine not in ENGINES:
+            raise Refused(f"--engine {self.engine}: there is {', '.join(ENGINES)}")
+        if self.cluster is not None and self.engine != EMBEDDED:
+            raise Refused("--cluster says which engine there is (spawn: vllm, or url): leave --engine out")
         if self.family is None and self.cluster is None:
             raise Refused("give the family's folder, or a --cluster file that names it")
         if not is_loopback(self.host) and self.keys is None:
@@ -113,6 +121,10 @@ def service_of(settings: Settings, *, log: Log | None = None) -> Service:
         digests = {name: family.module(name).digest for name in modules_of(family, rows)}
         worker = worker_of(_alone(settings, folder, digests))
         crew: Crew = Alone(worker, HERE, dispatcher, folder, tokenizer.digest)
+    elif cluster.engine == VLLM:
+        crew = servers(
+            cluster, family, rows, dispatcher, _means(settings, folder), tokenizer=tokenizer, log=log
+        )
     else:
         crew = processes(
             cluster, family, dispatcher, _means(settings, folder), tokenizer=tokenizer.digest, log=log
@@ -145,18 +157,32 @@ def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster 
     cluster = None
     if settings.cluster is not None:
         cluster = read_cluster(settings.cluster)
-    elif (settings.prefill_workers, settings.decode_workers) != (None, None):
+    elif (settings.prefill_workers, settings.decode_workers) != (None, None) and settings.engine == EMBEDDED:
         cluster = laid_out(prefill=settings.prefill_workers or 0, decode=settings.decode_workers or 0)
     folder = _folder(settings, cluster).resolve()  # as workers name it, whose messages must not show it
     family = read_family(folder)
     rows = {name: family.row(name) for name in settings.members or [*family.members, BASE]}
     for name in family.members.keys() & rows.keys():
         verify_member(family, name, folder=folder)
+    if settings.engine == VLLM:
+        cluster = _dealt(settings, family, rows)
     if cluster is not None:
-        cluster = cluster.filled(rows)
         cluster.refuse_unreachable()
+        if cluster.engine == VLLM:
+            cluster = with_modules(cluster, family, rows)
+        cluster = cluster.filled(rows)
         cluster.refuse_unplayable(family, rows)
     return folder, family, rows, cluster
+
+
+def _dealt(settings: Settings, family: Family, rows: Mapping[str, Row]) -> Cluster:
+    """vLLM servers of this machine; as many of a role as it has sets of weights, where nobody says how many."""
+    prefill, decode = (
+        count if count is not None else len(groups_of(family, rows, role))
+        for count, role in ((settings.prefill_workers, PREFILL), (settings.decode_workers, DECODE))
+    )
+    terms = Terms(max_length=settings.max_length, dtype=None if settings.dtype == "auto" else settings.dtype)
+    return laid_out(prefill=prefill, decode=decode, engine=VLLM, terms=terms)
 
 
 def _folder(settings: Settings, cluster: Cluster | None) -> Path:

@@ -27,7 +27,7 @@ MOST_QUICK = 6
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 """Seconds before a worker is started again; twice as long after every quick death, and up to half of it less."""
 READY_SECONDS = 300.0
-"""Most seconds until a worker that was started says what it is: it loads its weights first."""
+"""Most seconds until a worker that was started says what it is, where nobody says otherwise: it loads its weights first."""
 LAST_WORDS = 3.0
 """Seconds that workers have to end when the server does."""
 
@@ -92,13 +92,14 @@ class Supervisor:
         log: Log,
         sweep: Callable[[], None] = lambda: None,
         at_last: Callable[[], None] = lambda: None,
+        ready: float = READY_SECONDS,
         dice: random.Random | None = None,
     ) -> None:
         """``digests``: of the family's modules; ``sweep`` removes what dead processes left, ``at_last`` also what
-        all of them had in common."""
+        all of them had in common; ``ready``: most seconds until one that was started says what it is."""
         self.folder = folder
         self._cluster, self._start, self._dispatcher, self._log = cluster, start, dispatcher, log
-        self._sweep, self._at_last, self._dice = sweep, at_last, dice or random.Random()
+        self._sweep, self._at_last, self._ready, self._dice = sweep, at_last, ready, dice or random.Random()
         self._posts = {
             place.name: _Post(place, {name: digests[name] for name in place.modules or ()})
             for place in cluster.places
@@ -182,11 +183,11 @@ class Supervisor:
     async def _begin(self, post: _Post) -> None:
         """Start it and hold it to what it should be."""
         try:
-            async with asyncio.timeout(READY_SECONDS):
+            async with asyncio.timeout(self._ready):
                 post.running = await self._start(post.place, post.modules)
                 described = await post.running.worker.describe()
         except TimeoutError:
-            raise Refused(f"it was not ready within {READY_SECONDS:g} s") from None
+            raise Refused(f"it was not ready within {self._ready:g} s") from None
         except ConnectionError as error:
             raise Refused(f"it ended before it was ready ({error})") from None
         except OSError as error:
@@ -220,7 +221,8 @@ class Supervisor:
         self._sweep()
         post.quick = post.quick + 1 if quick else 0
         never = not post.ready.is_set()
-        given_up = never or post.quick >= MOST_QUICK
+        # Who runs elsewhere is started again by others, whenever they like.
+        given_up = never or (post.quick >= MOST_QUICK and post.place.url is None)
         post.state = "given up" if given_up else "starting"
         self._log.say("worker given up" if given_up else "worker ended", worker=post.place.name, why=post.why)
         post.ready.set()

@@ -9,7 +9,7 @@ import yaml
 from heliostat.build import read_family
 from heliostat.errors import Refused
 from heliostat.family import Row
-from heliostat.serve.cluster import Cluster, Place, laid_out, read
+from heliostat.serve.cluster import Cluster, Place, Terms, laid_out, read
 
 ROOT = Path(__file__).parents[3]
 ROWS = {
@@ -110,9 +110,9 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path: Path, content: Any, told: s
 def test_engines_that_this_version_cannot_reach_are_refused_by_worker() -> None:
     Cluster((Place(name="a"),)).refuse_unreachable()
     for place, told in (
-        (Place(name="far", spawn=None, url="http://10.0.0.1:8000"), "'far' runs at http://10.0.0.1:8000"),
+        (Place(name="far", spawn=None, url="10.0.0.1:8000"), "url is '10.0.0.1:8000'"),
         (Place(name="x", spawn="embeded"), "did you mean 'embedded'"),
-        (Place(name="x", spawn="vllm"), "this version starts: embedded"),
+        (Place(name="x", tensor_parallel=2), "tensor_parallel is for vllm"),
     ):
         with pytest.raises(Refused, match=told):
             Cluster((place,)).refuse_unreachable()
@@ -163,3 +163,43 @@ def test_the_example_of_the_docs_is_a_cluster(tmp_path: Path, tiny_family_made: 
     filled = cluster.filled(rows)
     filled.refuse_unreachable()
     filled.refuse_unplayable(family, rows)
+
+
+def test_one_cluster_has_one_kind_of_engine() -> None:
+    places = (Place(name="a"), Place(name="b", spawn=None, url="http://10.0.0.1:8001"))
+    with pytest.raises(Refused, match="'b' is of engine vllm, worker 'a' of embedded"):
+        Cluster(places).refuse_unreachable()
+    Cluster(places[1:]).refuse_unreachable()
+
+
+def test_one_cluster_has_one_degree_of_parallelism() -> None:
+    places = (Place(name="a", spawn="vllm"), Place(name="b", spawn="vllm", tensor_parallel=2))
+    with pytest.raises(Refused, match="'b' has tensor_parallel 2, worker 'a' 1"):
+        Cluster(places).refuse_unreachable()
+
+
+def test_servers_terms_are_read_back(tmp_path: Path) -> None:
+    content = {
+        "vllm": {"page_size": 64, "dtype": "float32", "transfer": "nixl", "key_env": "KEY"},
+        "workers": [
+            {"url": "http://10.0.0.1:8001", "roles": ["prefill"], "tensor_parallel": 2, "modules": ["base"]}
+        ],
+    }
+    cluster = read(written(tmp_path, content))
+    assert cluster.terms == Terms(page_size=64, dtype="float32", transfer="nixl", key_env="KEY")
+    assert cluster.engine == "vllm" and cluster.places[0].tensor_parallel == 2
+    assert read(written(tmp_path, cluster.to_yaml())) == cluster
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ({"pages": 3}, "page_size"),
+        ([], "must hold lines"),
+        ({"page_size": 0}, "page_size is 0"),
+        ({"dtype": 8}, "dtype is 8"),
+    ],
+)
+def test_wrong_terms_are_refused(tmp_path: Path, terms: Any, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        read(written(tmp_path, {"vllm": terms, "workers": [{"spawn": "vllm"}]}))

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,10 @@ class Machine:
         return next(p for _, p in reversed(self.started) if p.worker.described.worker == name)
 
 
-def supervised(machine: Machine) -> tuple[Supervisor, Dispatcher]:
+def supervised(machine: Machine, places: tuple[Place, ...] = PLACES) -> tuple[Supervisor, Dispatcher]:
     dispatcher = Dispatcher(Metrics())
     crew = Supervisor(
-        Cluster(PLACES),
+        Cluster(places),
         DIGESTS,
         machine,
         dispatcher,
@@ -137,11 +137,13 @@ def supervised(machine: Machine) -> tuple[Supervisor, Dispatcher]:
 
 
 def watched(
-    work: Callable[[Supervisor, Dispatcher, Machine], Awaitable[None]], machine: Machine | None = None
+    work: Callable[[Supervisor, Dispatcher, Machine], Awaitable[None]],
+    machine: Machine | None = None,
+    places: tuple[Place, ...] = PLACES,
 ) -> None:
     async def whole() -> None:
         there = machine or Machine()
-        crew, dispatcher = supervised(there)
+        crew, dispatcher = supervised(there, places)
         await crew.start()
         try:
             await work(crew, dispatcher, there)
@@ -230,6 +232,20 @@ def test_pauses_grow_and_who_dies_quickly_too_often_is_given_up() -> None:
         assert states(crew) == {"p": "up", "d": "given up"}
 
     watched(work)
+
+
+def test_who_runs_elsewhere_is_waited_for_however_often_it_is_lost() -> None:
+    places = (PLACES[0], replace(PLACES[1], spawn=None, url="http://10.0.0.1:8001"))
+
+    async def work(crew: Supervisor, dispatcher: Dispatcher, machine: Machine) -> None:
+        for _ in range(3 * MOST_QUICK):
+            machine.latest("d").dies("no word from the server")
+            await asyncio.sleep(0.01)
+            assert states(crew)["d"] == "starting" and not crew.failure
+            await asyncio.sleep(2 * LONGEST_PAUSE)
+            assert states(crew)["d"] == "up"
+
+    watched(work, places=places)
 
 
 def test_who_loads_long_and_dies_at_once_died_quickly() -> None:

@@ -1,0 +1,137 @@
+"""An application of Ray Serve out of a rendered configuration: each vLLM server a deployment, and our server in front.
+
+``serve deploy ray.yaml``. Ray starts, places and watches; what runs in a server's deployment is its exact command, under a
+``http_keeper``, so that it ends with its replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from ray import serve
+
+from heliostat.serve.app import build
+from heliostat.serve.http_keeper import Kept, spawn
+from heliostat.serve.run import Settings, service_of
+from heliostat.serve.service import Service
+
+TRIFLE = 0.001
+"""Of a node's own resource: enough to be placed there."""
+
+
+class Asked(msgspec.Struct, forbid_unknown_fields=True):
+    """One server, as ``render.ray`` writes it."""
+
+    name: str
+    words: Sequence[str]
+    environment: Mapping[str, str]
+    port: int
+    gpus: float
+    address: str
+
+
+class Arguments(msgspec.Struct, forbid_unknown_fields=True):
+    """What the configuration says."""
+
+    family: str
+    cluster: str
+    """Text of the cluster file."""
+    keys: str
+    """File of API keys, on the node of the router."""
+    hosts: Sequence[str] = ()
+    """Names under which it may be asked."""
+    servers: Sequence[Asked] = ()
+
+
+class Server:
+    """A replica that holds one vLLM server."""
+
+    def __init__(self, name: str, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._name = name
+        self._folder = tempfile.TemporaryDirectory(prefix="heliostat-")
+        self._keeper = spawn(Kept(words, environment, str(Path(self._folder.name) / "log")))
+
+    def check_health(self) -> None:
+        """Ray starts a replica again whose check raises."""
+        if (status := self._keeper.poll()) is not None:
+            raise RuntimeError(f"vLLM server {self._name} ended with status {status}")
+
+    def __del__(self) -> None:
+        if self._keeper.stdin is not None:
+            self._keeper.stdin.close()  # by which the keeper ends it
+
+
+class Inside:
+    """ASGI: what comes to a replica of the router goes to the server that it has made."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Knows nothing itself: Ray copies it into each replica before there is a server."""
+        if scope["type"] == "http":
+            replica: Any = serve.get_replica_context().servable_object
+            await (await replica.app())(scope, receive, send)
+
+
+class Router:
+    """A replica that holds our server, which starts when it is first asked."""
+
+    def __init__(self, arguments: Mapping[str, Any], *servers: Any) -> None:
+        """``servers``: the deployments that Ray starts together with this one."""
+        self._servers = servers
+        self._arguments = msgspec.convert(arguments, type=Arguments)
+        self._folder = tempfile.TemporaryDirectory(prefix="heliostat-")
+        self._starting = asyncio.Lock()
+        self._service: Service | None = None
+        self._app: FastAPI | None = None
+
+    async def app(self) -> FastAPI:
+        """Ours, when all servers are what the cluster file says."""
+        async with self._starting:
+            if self._app is None:
+                path = Path(self._folder.name) / "cluster.yaml"
+                path.write_text(self._arguments.cluster, encoding="utf-8")
+                settings = Settings(
+                    family=Path(self._arguments.family),
+                    cluster=path,
+                    keys=Path(self._arguments.keys),
+                    allow_hosts=tuple(self._arguments.hosts),
+                )
+                service = await asyncio.to_thread(service_of, settings)
+                await service.start()
+                self._service, self._app = service, build(service, version=version("heliostat"))
+            return self._app
+
+    async def check_health(self) -> None:
+        """Ray starts a replica again whose check raises."""
+        if self._service is not None and self._service.failure:
+            raise RuntimeError(self._service.failure)
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
+    """What ``import_path`` names."""
+    arguments = msgspec.convert(dict(args), type=Arguments)
+    servers = [
+        serve.deployment(
+            Server,
+            name=server.name,
+            ray_actor_options={
+                "num_cpus": 0,
+                "num_gpus": server.gpus,
+                "resources": {f"node:{server.address}": TRIFLE},
+            },
+        ).bind(server.name, list(server.words), dict(server.environment))
+        for server in arguments.servers
+    ]
+    router = serve.deployment(
+        serve.ingress(Inside())(Router),
+        name="router",
+        max_ongoing_requests=1024,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return router.bind(dict(args), *servers)

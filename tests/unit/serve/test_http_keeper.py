@@ -1,0 +1,70 @@
+"""A process that keeps another one: both end together, whoever goes first."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from heliostat.serve.http_keeper import Kept, spawn
+
+CHILD = "import os, sys, time; print(os.getpid(), os.environ['MARK'], flush=True); time.sleep(600)"
+
+
+def kept(folder: Path, program: str = CHILD) -> Kept:
+    return Kept((sys.executable, "-c", program), {"MARK": "marked"}, str(folder / "log"))
+
+
+def child_of(folder: Path) -> int:
+    """The number that the child wrote, as soon as it did."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        text = (folder / "log").read_text() if (folder / "log").exists() else ""
+        if "marked" in text:
+            return int(text.split()[0])
+        time.sleep(0.01)
+    raise AssertionError("the child did not start")
+
+
+def gone(process: int) -> bool:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_the_child_ends_when_nobody_holds_the_keepers_input(tmp_path: Path) -> None:
+    with spawn(kept(tmp_path)) as keeper:
+        child = child_of(tmp_path)
+        assert keeper.stdin is not None
+        keeper.stdin.close()
+        keeper.wait(20)
+    assert gone(child)
+
+
+def test_it_ends_at_once_when_told(tmp_path: Path) -> None:
+    with spawn(kept(tmp_path)) as keeper:
+        child = child_of(tmp_path)
+        keeper.terminate()
+        assert keeper.wait(20)
+    assert gone(child)
+
+
+def test_the_child_goes_with_a_keeper_that_is_killed(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        return
+    with spawn(kept(tmp_path)) as keeper:
+        child = child_of(tmp_path)
+        os.kill(keeper.pid, signal.SIGKILL)
+        keeper.wait(20)
+    assert gone(child)
+
+
+def test_the_childs_status_is_told(tmp_path: Path) -> None:
+    with spawn(kept(tmp_path, "raise SystemExit(7)")) as keeper:
+        assert keeper.wait(20) == 7
