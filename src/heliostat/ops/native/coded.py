@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from copy import copy
 from functools import cache
 
@@ -26,13 +27,15 @@ VECTORS = 16
 """Vectors of a row that share a table's step, at most: more would make it coarser."""
 MOST_COLUMNS = 256
 """Bytes that are added up in 16 bits without a carry."""
+SECTIONS = 8
+"""Parts of a row, at most, that are added up on their own; so many threads share a weight without doing a table twice."""
 
 
 class _Coded(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("codes", "books", "scales")),
         *((name, ctypes.c_float) for name in ("longest", "others")),
-        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "m", "v", "columns", "group", "chunk")),
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "m", "v", "columns", "group", "chunk", "section")),
     ]
 
 
@@ -54,6 +57,16 @@ def built() -> bool:
     return _library() is not None
 
 
+def look_up(dtype: torch.dtype) -> int:
+    """Where the function is that multiplies pieces of a product, for the compiled pass over all blocks."""
+    library = _library()
+    assert library is not None
+    function = library.coded_pieces_bf16 if dtype == torch.bfloat16 else library.coded_pieces_f32
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
 def fits(coded: Coded) -> bool:
     """Whether there is a layout of this weight for the kernel."""
     few = coded.format.m * VECTORS <= MOST_COLUMNS
@@ -71,24 +84,33 @@ class Packed:
         columns, strips = segments * m, -(-outputs // STRIP)
         lengths = coded.codebooks.float().norm(dim=-1)  # [m, 256]
         order = lengths.argsort(dim=1, descending=True)
+        group = (segments if coded.format.g is None else coded.format.g // v) * m
+        chunk = min(group, VECTORS * m)
+        starts = [n for first in range(0, columns, group) for n in range(first, min(first + group, columns), chunk)]
         self._books = _sorted(coded.codebooks.float(), order)  # [m, v, 256]
-        self._codes = _stripped(_renamed(coded.codes, order).view(outputs, columns), strips)
+        self._codes = _stripped(_renamed(coded.codes, order).view(outputs, columns), strips, starts)
         self._scales = torch.zeros(coded.scales.shape[1], strips * STRIP, dtype=torch.float16)
         self._scales[:, :outputs] = coded.scales.T
-        sizes = (
-            lengths.sort(dim=1, descending=True).values.amax(0) * 1.0001
-        )  # room for how a length is rounded
-        group = segments if coded.format.g is None else coded.format.g // v
+        section = -(-len(starts) // SECTIONS)
+        self.room = -(-len(starts) // section) * strips * STRIP
+        """Floats that a product wants for each row of x."""
+        # With room for how a length is rounded.
+        sizes = lengths.sort(dim=1, descending=True).values.amax(0) * 1.0001
         self.outputs, self.inputs = outputs, coded.inputs
         self._facts = (
             (float(sizes[0]), float(sizes[LONG])),
-            (*(outputs, coded.inputs, m, v, columns, group * m, min(group, VECTORS) * m),),
+            (outputs, coded.inputs, m, v, columns, group, chunk, section),
         )
         self._lay()
 
     def _lay(self) -> None:
         at = (part.data_ptr() for part in (self._codes, self._books, self._scales))
         self._laid = _Coded(*at, *self._facts[0], *self._facts[1])
+
+    @property
+    def at(self) -> int:
+        """The address of what the kernel reads."""
+        return ctypes.addressof(self._laid)
 
     def again(self) -> Packed:
         """The same weight at another place in memory."""
@@ -134,9 +156,11 @@ def _renamed(codes: Tensor, order: Tensor) -> Tensor:
     return torch.stack([now[book][codes[..., book].int()] for book in range(codes.shape[-1])], dim=-1)
 
 
-def _stripped(codes: Tensor, strips: int) -> Tensor:
-    """Codes [M, columns] -> [strips, columns, 64]: the first half of a strip's rows at even places."""
+def _stripped(codes: Tensor, strips: int, starts: Sequence[int]) -> Tensor:
+    """Codes [M, columns], for each chunk [strips, its columns, 64]; the first half of a strip's rows at even places."""
     whole = codes.new_zeros(strips * STRIP, codes.shape[1])
     whole[: codes.shape[0]] = codes
     places = torch.arange(STRIP).view(2, -1).T.flatten()  # 0, 32, 1, 33, ...
-    return whole.view(strips, STRIP, -1)[:, places].transpose(1, 2).contiguous()
+    lain = whole.view(strips, STRIP, -1)[:, places].transpose(1, 2)  # [strips, columns, 64]
+    ends = [*starts[1:], codes.shape[1]]
+    return torch.cat([lain[:, begin:end].flatten() for begin, end in zip(starts, ends, strict=True)])
