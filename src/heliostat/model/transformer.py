@@ -255,7 +255,12 @@ class Transformer(nn.Module):
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
         worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0]) if laid is not None else None
-        if laid is not None and worn is not None and self.at_once is not None and self.at_once.serves(x, laid):
+        if (
+            laid is not None
+            and worn is not None
+            and self.at_once is not None
+            and self.at_once.serves(x, laid)
+        ):
             self.at_once(x, angles, laid, worn)
             return self.model.norm(x)
         again = self.checkpointing and torch.is_grad_enabled()
@@ -266,8 +271,8 @@ class Transformer(nn.Module):
     def join(self) -> None:
         """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added.
 
-        Linears in codebooks are laid out when codes are first looked up, and copied densely, and kept so, when more rows come
-        than looking up is good for.
+        Linears in codebooks are laid out when codes are first looked up, and copied densely when more rows come than
+        looking up is good for; both are kept.
         """
         for block in self.blocks:
             attention, mlp = block.self_attn, block.mlp
@@ -278,7 +283,10 @@ class Transformer(nn.Module):
             self.at_once = self.at_once or self._blocks_at_once()
 
     def _blocks_at_once(self) -> Blocks | ByRows:
-        blocks, config = self.blocks, self.config  # what is made later must not hold the model: that were a circle
+        blocks, config = (
+            self.blocks,
+            self.config,
+        )  # what is made later must not hold the model: that were a circle
 
         def made(looked_up: bool) -> Blocks:
             weights, kind = [block.weights(looked_up=looked_up) for block in blocks], config.attention

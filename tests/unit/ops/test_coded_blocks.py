@@ -15,7 +15,9 @@ from heliostat.ops.native import coded as kernel
 from tests.unit.ops.test_blocks import ALL, KINDS, MIXED, adapted, model_of, run, worn
 from tests.unit.ops.test_codebook import coded_of
 
-pytestmark = pytest.mark.skipif(not (native.built() and kernel.built()), reason="the compiled kernels do not run here")
+pytestmark = pytest.mark.skipif(
+    not (native.built() and kernel.built()), reason="the compiled kernels do not run here"
+)
 SOME = ("q_proj", "v_proj", "up_proj", "o_proj")
 Few = Callable[[int], None]
 

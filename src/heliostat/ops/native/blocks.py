@@ -123,7 +123,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Of one block: a tensor or None for each of PARTS, pieces for each of PRODUCTS; all of one number format, contiguous."""
+    """Of one block: a tensor or None for each of PARTS, pieces for each of PRODUCTS; of one number format, contiguous."""
 
     parts: Mapping[str, Tensor | None]
     products: Mapping[str, Sequence[Piece]]

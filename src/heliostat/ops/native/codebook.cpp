@@ -6,8 +6,8 @@
 // while all rows that the core has go by, and codes lie in the order in which they are read.
 //
 // Threads share the work by sections of columns and strips of rows. A section's sums are its own, whoever makes them, and
-// are added up in one order: the number of threads changes nothing, nor do the other rows of x. Needs AVX-512 with VBMI and
-// BF16; threads are those of torch's own OpenMP.
+// are added up in one order: the number of threads changes nothing, nor do the other rows of x. Needs AVX-512 with VBMI,
+// VNNI and BF16; threads are those of torch's own OpenMP.
 
 #include <omp.h>
 
@@ -32,7 +32,7 @@ struct CodedProduct {
 
   static constexpr int64_t COLUMN = PLANES * ENTRIES;
   static int64_t table_bytes(const Coded& weight) { return weight.chunk * COLUMN; }
-  static int64_t space(const Coded& weight) { return table_bytes(weight) + weight.chunk * weight.v * 4 + 64; }
+  static int64_t space(const Coded& weight) { return table_bytes(weight) + Table<PLANES>::bytes(weight); }
 
   float* sum(int64_t section, int64_t b, int64_t strip) const {
     return sums + ((section * batch + b) * weight.strips() + strip) * 64;
@@ -54,8 +54,8 @@ struct CodedProduct {
   // Columns [begin, end) of chunk n, strips [from, to), row b.
   void step(int64_t n, int64_t begin, int64_t end, int64_t from, int64_t to, int64_t b, float* sums, char* space) const {
     uint8_t* table = reinterpret_cast<uint8_t*>(space);
-    const Table<PLANES> made{weight, reinterpret_cast<float*>(space + table_bytes(weight))};
-    const Units units = made.build(x + b * x_stride, begin, end, table);
+    const Table<PLANES> made{{weight, reinterpret_cast<float*>(space + table_bytes(weight))}};
+    const Units units = build(made, x + b * x_stride, begin, end, table);
     for (int64_t strip = from; strip < to;) {
       float* own = sums + 64 * (strip - from);
       switch (std::min(to - strip, TOGETHER)) {
@@ -70,7 +70,7 @@ struct CodedProduct {
   void add_up(int64_t section, int64_t from, int64_t to, char* space) const {
     for (int64_t b = 0; b < batch; ++b) std::memset(sum(section, b, from), 0, 256 * (to - from));
     const int64_t last = std::min((section + 1) * weight.section, weight.chunks());
-    const int64_t columns = Table<PLANES>{weight, nullptr}.columns_of_step();
+    const int64_t columns = Table<PLANES>{{weight, nullptr}}.columns_of_step();
     for (int64_t n = section * weight.section; n < last; ++n)
       for (int64_t b = 0; b < batch; ++b)
         for (int64_t begin = weight.begin(n), end = weight.end(n); begin < end; begin += columns)
@@ -156,6 +156,7 @@ EXPORT(bf16, bf16)
 
 // Whether this processor has what the rest was compiled for.
 extern "C" int64_t runs_here() {
-  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
