@@ -31,6 +31,7 @@ from heliostat.model.transformer import Transformer
 from heliostat.model.weights import load_transformer
 from heliostat.ops import native
 from heliostat.ops.linear import linear
+from heliostat.ops.native.blocks import Piece
 from heliostat.ops.paging import PagedGroup, grouped_attention
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
@@ -144,20 +145,25 @@ def bare(model: Transformer, batch: int) -> float:
     )
     narrow, wide = torch.zeros(batch, config.width, **like), torch.zeros(batch, config.mlp_width, **like)
     ask = _ask(batch, count, pool.keys[0])
+    products = [block.weights(looked_up=False).products for block in model.blocks]
 
     def once() -> None:
-        for layer, block in enumerate(model.blocks):
-            attention, mlp = block.self_attn, block.mlp
-            assert attention.joined is not None and mlp.joined is not None
-            linear(narrow, attention.joined.plain(attention, model.dtype)[0])
+        for layer, own in enumerate(products):
+            _each(narrow, own["qkv"])
             ask(q, pool.keys[layer], pool.values[layer])
-            linear(q.flatten(1), attention.o_proj.weight)
-            linear(narrow, mlp.joined.plain(mlp, model.dtype)[0])
-            linear(wide, mlp.down_proj.weight)
+            _each(q.flatten(1), own["o"])
+            _each(narrow, own["gate_up"])
+            _each(wide, own["down"])
         linear(narrow, model.lm_head.weight)
         _wait(model.device)
 
     return median(once)
+
+
+def _each(x: Tensor, pieces: Sequence[Piece]) -> None:
+    for piece in pieces:
+        assert isinstance(piece.weight, Tensor)
+        linear(x, piece.weight)
 
 
 def _ask(batch: int, count: int, pages: Tensor) -> Ask:

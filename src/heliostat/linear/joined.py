@@ -5,12 +5,15 @@ Where one of them is in codebooks there is nothing to lay end to end: then they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from heliostat.linear.codebook import CodebookLinear
 from heliostat.linear.lora import AdaptedLinear, Route, plain_linear
 from heliostat.ops.linear import linear
+from heliostat.ops.native.blocks import Piece
 
 
 class Joined:
@@ -46,21 +49,38 @@ class Joined:
                 y[..., own] = part.adapted(y[..., own], x, route)
         return y
 
-    def plain(self, parent: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight [sum of out, in] and bias as plain tensors: its own, or a copy in ``dtype`` of what codebooks stand for."""
+    def pieces(self, parent: nn.Module, dtype: torch.dtype, *, looked_up: bool) -> list[Piece]:
+        """For all blocks in one call; ``looked_up``: of those in codebooks the codes, else their dense copies."""
         if self.weight is not None:
-            return self.weight, self.bias
+            return [Piece(self.weight.detach(), None if self.bias is None else self.bias.detach())]
         inner = [plain_linear(getattr(parent, name)) for name in self.names]
-        weight = torch.cat([part.weight.detach().to(dtype) for part in inner])
+        coded = [part for part in inner if isinstance(part, CodebookLinear)]
+        if not looked_up and len(coded) == len(inner):
+            return [self._dense(coded, dtype)]
+        return [piece_of(part, dtype, looked_up=looked_up) for part in inner]
+
+    def _dense(self, inner: Sequence[CodebookLinear], dtype: torch.dtype) -> Piece:
+        """Their dense copies end to end; each keeps its part of them as its own."""
+        weight = torch.cat([part.coded.dense(dtype) for part in inner])
+        for part, own in zip(inner, weight.split(self.sizes), strict=True):
+            part.product.keep(own)
         if all(part.bias is None for part in inner):
-            return weight, None
+            return Piece(weight)
         biases = [weight.new_zeros(p.out_features) if p.bias is None else p.bias.detach() for p in inner]
-        return weight, torch.cat(biases)
+        return Piece(weight, torch.cat(biases))
 
     def _product(self, parent: nn.Module, x: Tensor) -> Tensor:
         if self.weight is not None:
             return linear(x, self.weight, self.bias)
         return torch.cat([plain_linear(getattr(parent, name))(x) for name in self.names], dim=-1)
+
+
+def piece_of(part: nn.Linear, dtype: torch.dtype, *, looked_up: bool) -> Piece:
+    """One Linear for all blocks in one call."""
+    bias = None if part.bias is None else part.bias.detach()
+    if not isinstance(part, CodebookLinear):
+        return Piece(part.weight.detach(), bias)
+    return Piece(part.product.packed if looked_up else part.product.dense(dtype), bias)
 
 
 def _bias(part: nn.Linear) -> Tensor:

@@ -112,8 +112,11 @@ def loaded_bytes(
 def copied_bytes(
     shapes: Iterable[tuple[str, Sequence[int]]], dtype: torch.dtype, quantization: Quantization
 ) -> int:
-    """Bytes that come on top while it serves, at most: codes laid out for the kernel, and plain weights for many rows."""
-    shapes = [(name, shape) for name, shape in shapes if quantization.is_coded(name)]
-    codes = [shape for name, shape in shapes if name.endswith(".codes")]
-    plain = sum(outputs * segments * quantization.format.v for outputs, segments, _ in codes)
-    return loaded_bytes(shapes, dtype, quantization) + plain * dtype.itemsize
+    """Bytes that come on top while it serves, at most: a dense copy of each Linear for many rows, and, in the number
+    format in which codes are looked up, one of its codes as the kernel reads them.
+    """
+    format = quantization.format
+    coded = [shape for name, shape in shapes if name.endswith(".codes") and quantization.is_coded(name)]
+    sizes = [(outputs, segments * format.v) for outputs, segments, _ in coded]
+    laid = sum(format.laid_bytes(*size) for size in sizes) if dtype == torch.bfloat16 else 0
+    return laid + sum(outputs * inputs for outputs, inputs in sizes) * dtype.itemsize

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from heliostat.linear.codebook import coded_linears
-from heliostat.linear.joined import Joined
+from heliostat.linear.joined import Joined, piece_of
 from heliostat.linear.lora import Linear, Route, plain_linear
 from heliostat.linear.worn import Wardrobe
 from heliostat.model.alpha import Weighing
 from heliostat.model.config import ModelConfig
 from heliostat.ops import native
+from heliostat.ops.codebook_product import ByRows, rows_looked_up
 from heliostat.ops.gate import gated
 from heliostat.ops.mixing import Mix
-from heliostat.ops.native.blocks import LINEARS, Blocks, Extras, weights_of
+from heliostat.ops.native.blocks import LINEARS, Blocks, Extras, Weights
 from heliostat.ops.norm import rms_norm
 from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
 
@@ -181,28 +183,27 @@ class Block(nn.Module):
         for name in LINEARS:
             yield self.self_attn if hasattr(self.self_attn, name) else self.mlp, name
 
-    def weights(self) -> dict[str, Tensor | None]:
-        """Of a joined block, for ``Blocks``; those in codebooks as new plain ones, in the norms' number format."""
-        attention, mlp, dtype = self.self_attn, self.mlp, self.input_layernorm.weight.dtype
+    def weights(self, *, looked_up: bool) -> Weights:
+        """Of a joined block; ``looked_up``: of Linears in codebooks the codes, else their dense copies."""
+        attention, mlp = self.self_attn, self.mlp
         assert attention.joined is not None and mlp.joined is not None
-        qkv, gate_up = attention.joined.plain(attention, dtype), mlp.joined.plain(mlp, dtype)
-        o, down = plain_linear(attention.o_proj), plain_linear(mlp.down_proj)
-        return weights_of(
-            input_norm=self.input_layernorm.weight,
-            qkv=qkv[0],
-            qkv_bias=qkv[1],
-            q_norm=getattr(attention.q_norm, "weight", None),
-            k_norm=getattr(attention.k_norm, "weight", None),
-            o=o.weight.to(dtype),
-            o_bias=o.bias,
-            post_norm=self.post_attention_layernorm.weight,
-            gate_up=gate_up[0],
-            gate_up_bias=gate_up[1],
-            down=down.weight.to(dtype),
-            down_bias=down.bias,
-            sinks=getattr(attention, "sinks", None),
-            average=getattr(attention, "alpha_ma", None),
-        )
+        dtype = self.input_layernorm.weight.dtype
+        pieces = partial(piece_of, dtype=dtype, looked_up=looked_up)
+        parts = {
+            "input_norm": self.input_layernorm.weight,
+            "q_norm": getattr(attention.q_norm, "weight", None),
+            "k_norm": getattr(attention.k_norm, "weight", None),
+            "post_norm": self.post_attention_layernorm.weight,
+            "sinks": getattr(attention, "sinks", None),
+            "average": getattr(attention, "alpha_ma", None),
+        }
+        products = {
+            "qkv": attention.joined.pieces(attention, dtype, looked_up=looked_up),
+            "o": [pieces(plain_linear(attention.o_proj))],
+            "gate_up": mlp.joined.pieces(mlp, dtype, looked_up=looked_up),
+            "down": [pieces(plain_linear(mlp.down_proj))],
+        }
+        return Weights({name: None if own is None else own.detach() for name, own in parts.items()}, products)
 
 
 class Decoder(nn.Module):
@@ -222,11 +223,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        self.at_once: Blocks | None = None
+        self.at_once: Blocks | ByRows | None = None
         """All blocks in one call, for passes over pages (``join``); the loop is its twin."""
         self.wardrobe = Wardrobe()
-        self.few_rows: int | None = None
-        """Of a model in codebooks that serves: rows up to which looking codes up beats reading plain weights."""
         self.model = Decoder(config)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
@@ -256,9 +255,13 @@ class Transformer(nn.Module):
         angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
         worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0]) if laid is not None else None
-        at_once = self._at_once(x) if worn is not None else None
-        if laid is not None and worn is not None and at_once is not None and at_once.serves(x, laid):
-            at_once(x, angles, laid, worn)
+        if (
+            laid is not None
+            and worn is not None
+            and self.at_once is not None
+            and self.at_once.serves(x, laid)
+        ):
+            self.at_once(x, angles, laid, worn)
             return self.model.norm(x)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
@@ -268,32 +271,32 @@ class Transformer(nn.Module):
     def join(self) -> None:
         """For serving: Linears of one input run as one. Their weights become views of one tensor; none is added.
 
-        Of a model in codebooks plain weights are made, and kept, when more rows come than looking codes up is good for.
+        Linears in codebooks are laid out when codes are first looked up, and copied densely when more rows come than
+        looking up is good for; both are kept.
         """
         for block in self.blocks:
             attention, mlp = block.self_attn, block.mlp
             sides = ("q_proj", "k_proj", "v_proj", *attention.gates)
             attention.joined = attention.joined or Joined(attention, sides)
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
-        if coded := coded_linears(self):
-            self.few_rows = min(part.product.few_rows(self.dtype) for part in coded.values())
-        elif native.built() and self.device.type == "cpu":
-            self.at_once = self.at_once or self._blocks_at_once()
-
-    def _at_once(self, x: Tensor) -> Blocks | None:
-        """What runs all blocks over rows x [T, E]; None where the loop does."""
-        if self.few_rows is None:
-            return self.at_once
-        if x.shape[0] <= self.few_rows:
-            return None
         if native.built() and self.device.type == "cpu":
             self.at_once = self.at_once or self._blocks_at_once()
-        return self.at_once
 
-    def _blocks_at_once(self) -> Blocks:
-        weights, kind = [block.weights() for block in self.blocks], self.config.attention
-        extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
-        return Blocks(weights, heads=self.config.heads, eps=self.config.norm_eps, extras=extras)
+    def _blocks_at_once(self) -> Blocks | ByRows:
+        blocks, config = (
+            self.blocks,
+            self.config,
+        )  # what is made later must not hold the model: that were a circle
+
+        def made(looked_up: bool) -> Blocks:
+            weights, kind = [block.weights(looked_up=looked_up) for block in blocks], config.attention
+            extras = Extras(kind.affine, kind.length or 0, kind.learned, kind.gated)
+            return Blocks(weights, heads=config.heads, eps=config.norm_eps, extras=extras)
+
+        if not (coded := [part.product for part in coded_linears(self).values()]):
+            return made(False)
+        rows = rows_looked_up(coded, self.dtype)
+        return ByRows(rows, looked_up=partial(made, True), dense=partial(made, False))
 
     def _linears(self) -> list[nn.Module]:
         """Those of all blocks that may wear adapters, in the kernel's order."""

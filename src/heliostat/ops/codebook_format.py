@@ -10,6 +10,8 @@ from heliostat.errors import Refused
 
 ENTRIES = 256
 """Vectors of a codebook: what the eight bits of a code tell apart."""
+STRIP = 64
+"""Rows whose codes the CPU kernel looks up at once."""
 NAME = re.compile(r"m(?P<m>[1-9][0-9]?)v(?P<v>[1-9][0-9]{0,2})g(?P<g>[1-9][0-9]{0,5}|row|-1)")
 
 
@@ -68,6 +70,12 @@ class Format:
         """That the three tensors take."""
         codes = outputs * self.segments(inputs) * self.m
         return codes + 2 * self.m * ENTRIES * self.v + 2 * outputs * self.groups(inputs)
+
+    def laid_bytes(self, outputs: int, inputs: int) -> int:
+        """That the CPU kernel's own copy takes: whole strips of rows, codebooks in 32 bits and in 16."""
+        rows, pairs = -(-outputs // STRIP) * STRIP, -(-self.v // 2)
+        codes = rows * self.segments(inputs) * self.m
+        return codes + self.m * ENTRIES * 4 * (self.v + pairs) + 2 * rows * self.groups(inputs)
 
     def bits(self, outputs: int, inputs: int) -> float:
         """Of a weight on average, codebooks and scales included."""

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from heliostat.ops import decoding
+from heliostat.ops import decoding, native
 from heliostat.ops.codebook import Coded
-from heliostat.ops.codebook_format import Format
+from heliostat.ops.codebook_format import STRIP, Format
 from heliostat.ops.linear import linear
 from heliostat.ops.native import coded as kernel
+from heliostat.ops.native.blocks import Blocks, Laid, Worn
 
-TABLE, LOOKED_UP, DENSE = 7.3, 2.7, 0.12
+TABLE, LOOKED_UP, DENSE = 3.4, 3.1, 0.12
 """Nanoseconds of a core, by which it is judged what is faster: for each number of a table's vectors, for each 64 codes, and
 for each number of a dense weight in bfloat16, whatever the rows are, up to ten of them. Measured on a Zen 4."""
 GPU_ROWS = 32
 """Rows up to which the kernel for GPUs serves."""
 
 
+def looking_up(format: Format, outputs: int, inputs: int) -> float:
+    """Nanoseconds that the CPU kernel takes for one row and a weight [outputs, inputs]."""
+    return format.segments(inputs) * format.m * (TABLE * format.v + LOOKED_UP * -(-outputs // STRIP))
+
+
 def most_rows(format: Format, outputs: int, inputs: int) -> int:
     """Rows up to which the CPU kernel is the faster one for a weight [outputs, inputs], or nearly so."""
-    columns = format.segments(inputs) * format.m
-    row = columns * (TABLE * format.v + LOOKED_UP * -(-outputs // kernel.STRIP))
+    row = looking_up(format, outputs, inputs)
     return max(1, format.v // format.m, int(DENSE * outputs * inputs / row))
 
 
@@ -36,7 +43,7 @@ class CodedProduct:
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] by the weight -> [..., M], plus bias [M]; in x's dtype, summed in float32."""
         if not self._looks_up(x, bias):
-            return linear(x, self.dense(x), bias)
+            return linear(x, self.dense(x.dtype), bias)
         rows = x.reshape(-1, x.shape[-1])
         if x.device.type == "cpu":
             return self.packed.product(rows, bias).view(*x.shape[:-1], -1)
@@ -67,14 +74,53 @@ class CodedProduct:
         self._packed = self._packed or kernel.Packed(self.coded)
         return self._packed
 
-    def dense(self, x: Tensor) -> Tensor:
-        """The weight [M, K] in x's number format."""
-        if self._dense is None or self._dense.dtype != x.dtype:
-            self._dense = self.coded.dense(x.dtype)
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [M, K] in that number format."""
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = self.coded.dense(dtype)
         return self._dense
+
+    def keep(self, dense: Tensor) -> None:
+        """Its dense weight lies there already, maybe beside others."""
+        self._dense = dense
 
     @property
     def bytes(self) -> dict[str, int]:
         """What is kept beside the codes themselves."""
         dense = 0 if self._dense is None else self._dense.numel() * self._dense.element_size()
         return {"packed": self._packed.bytes if self._packed else 0, "dense": dense}
+
+
+def rows_looked_up(products: Sequence[CodedProduct], dtype: torch.dtype) -> int:
+    """Rows of ``dtype`` up to which all of them together are faster than their dense copies on a CPU; 0: never."""
+    if not all(product.few_rows(dtype) for product in products):
+        return 0
+    own = [(p.coded.format, p.coded.outputs, p.coded.inputs) for p in products]
+    return int(sum(DENSE * m * k for _, m, k in own) / sum(looking_up(*one) for one in own))
+
+
+class ByRows:
+    """All blocks in one call, in two ways: few rows look codes up, more read dense copies, made when they first come."""
+
+    def __init__(self, rows: int, *, looked_up: Callable[[], Blocks], dense: Callable[[], Blocks]) -> None:
+        """``rows``: up to how many codes are looked up."""
+        self._rows, self._make = rows, (looked_up, dense)
+        self._made: list[Blocks | None] = [None, None]
+
+    def serves(self, x: Tensor, laid: Laid) -> bool:
+        """As ``Blocks`` does."""
+        return (
+            native.attends(laid.keys)
+            and x.dtype == laid.keys.dtype
+            and self.made_for(x.shape[0]).serves(x, laid)
+        )
+
+    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], laid: Laid, worn: Worn = ()) -> None:
+        """As ``Blocks`` does."""
+        self.made_for(x.shape[0])(x, angles, laid, worn)
+
+    def made_for(self, rows: int) -> Blocks:
+        """What runs so many rows."""
+        way = int(rows > self._rows)
+        made = self._made[way] = self._made[way] or self._make[way]()
+        return made

@@ -12,7 +12,9 @@ from heliostat.linear.choice import add_columns
 from heliostat.linear.codebook import CodebookLinear, coded_linears, put_codebook
 from heliostat.linear.lora import AdaptedLinear, Linear, adapter_of, add_adapter
 from heliostat.model.config import parse_config
+from heliostat.model.seam import Causal
 from heliostat.model.transformer import Transformer
+from heliostat.ops.native.blocks import LINEARS
 from tests.unit.ops.test_codebook import coded_of
 
 
@@ -54,6 +56,49 @@ def test_adapters_sit_on_it_and_are_trained_through_it(columns: bool) -> None:
     second(first(x, route), route).square().sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert len(grads) == (2 if columns else 4) and all(g is not None and bool(g.any()) for g in grads)
+
+
+def tiny(*, coded: bool) -> Transformer:
+    """A base of one block all of whose Linears lie in codebooks, or what those stand for."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    model = Transformer(parse_config({"model_type": "llama", **shape, **heads})).requires_grad_(False)
+    for path, part in list(model.named_modules()):
+        if path.startswith("model.layers") and isinstance(part, nn.Linear):
+            made = coded_of("m2v4g16", part.out_features, part.in_features, seed=len(path))
+            if coded:
+                put_codebook(model, path, made)
+            else:
+                part.weight.data = made.dense(torch.float32)
+    return model
+
+
+@pytest.mark.parametrize("tuner", ["columns", "low rank"])
+def test_a_member_is_tuned_on_a_base_in_codebooks_as_on_what_the_codes_stand_for(tuner: str) -> None:
+    ids, where, found = torch.arange(24).view(2, 12), torch.arange(12).expand(2, 12), []
+    for coded in (True, False):
+        model = tiny(coded=coded)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        if tuner == "columns":
+            add_columns(model, "one", r=8, targets=LINEARS, seed=1)
+        else:
+            torch.manual_seed(1)
+            add_adapter(model, "one", r=4, alpha=8, targets=LINEARS)
+        own = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer, losses = torch.optim.Adam(own, lr=0.01), []
+        for _ in range(12):
+            logits = model.logits(model(ids, where, Causal(), (("one", 0, None),)))
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        after = {name.replace(".inner", ""): tensor for name, tensor in model.state_dict().items()}
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "the base is frozen"
+        assert len(own) == len(LINEARS) * (1 if tuner == "columns" else 2) and losses[-1] < 0.9 * losses[0]
+        found.append(torch.tensor(losses))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
 def test_adapters_are_loaded_in_the_model_s_number_format(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """All blocks in one call of the kernels against the transformer's own loop: architectures, number formats, threads."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 
@@ -36,7 +37,14 @@ ROWS, PAGE = 21, 4
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def model_of(kind: str, dtype: torch.dtype, attention: dict[str, object] | None = None) -> Transformer:
+def model_of(
+    kind: str,
+    dtype: torch.dtype,
+    attention: dict[str, object] | None = None,
+    *,
+    finish: Callable[[Transformer], object] = lambda model: None,
+) -> Transformer:
+    """``finish``: what is done to it before its Linears are joined."""
     torch.manual_seed(0)
     own = (
         {"model_type": kind}
@@ -53,6 +61,7 @@ def model_of(kind: str, dtype: torch.dtype, attention: dict[str, object] | None 
         if name.endswith("alpha_ma"):
             state[name] = torch.linspace(0.2, 0.9, 4)
     model = assemble(config, state)
+    finish(model)
     model.join()
     return model
 
@@ -134,10 +143,15 @@ def test_a_number_of_threads_changes_no_bit() -> None:
 
 
 def adapted(
-    kind: str, dtype: torch.dtype, *, r: int = 2, attention: dict[str, object] | None = None
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    r: int = 2,
+    attention: dict[str, object] | None = None,
+    finish: Callable[[Transformer], object] = lambda model: None,
 ) -> Transformer:
     """Two low-rank adapters on different Linears, and tuned columns."""
-    model = model_of(kind, dtype, attention)
+    model = model_of(kind, dtype, attention, finish=finish)
     for name, targets in (("one", ALL), ("two", ("q_proj", "down_proj"))):
         add_adapter(model, name, r=r if name == "one" else 2 * r, alpha=4, targets=targets)
         for part in adapter_of(model, name).values():

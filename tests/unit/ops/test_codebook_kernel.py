@@ -34,7 +34,8 @@ def most_off(coded: Coded, x: torch.Tensor, planes: int) -> torch.Tensor:
     v, m = coded.format.v, coded.format.m
     pieces = torch.nn.functional.pad(x, (0, -x.shape[1] % v)).unflatten(1, (-1, v)).norm(dim=-1)
     largest = pieces.amax(1) * coded.codebooks.float().norm(dim=-1).max()
-    units = (0.5 + v / 500) / 126 if planes == 1 else (0.5 + 0.5 * v) / 31_000
+    # Two planes: a table's number, those of x, those of a codebook, each by half of a unit.
+    units = (0.5 + v / 500) / 126 if planes == 1 else (1 + v**0.5) / 32_000
     return (units * largest * coded.scales.float().max() * m * pieces.shape[1])[:, None]
 
 
@@ -69,11 +70,11 @@ def test_the_kernel_is_its_twin(
 @needs_kernel
 @pytest.mark.parametrize("name", ["m1v4g128", "m1v4g32", "m2v8g128", "m2v4g128"])
 @torch.inference_mode()
-def test_one_plane_is_good_to_a_hundredth_or_so_and_two_to_a_thousandth(name: str) -> None:
+def test_one_plane_is_good_to_a_hundredth_and_two_to_a_thousandth(name: str) -> None:
     coded, x = coded_of(name, 256, 1024), given_x(4, 1024, 0)
     packed, want = kernel.Packed(coded), x @ coded.dense(torch.float32).T
-    assert error(packed.product(x, planes=1), want) < 0.015
-    assert error(packed.product(x, planes=2), want) < 1e-3
+    assert error(packed.product(x, planes=1), want) < 0.01
+    assert error(packed.product(x, planes=2), want) < 3e-4
 
 
 @needs_kernel
@@ -129,8 +130,9 @@ def test_whatever_is_chosen_the_product_is_the_twins(rows: int, dtype: torch.dty
     ("name", "outputs", "inputs", "rows"),
     [
         ("m1v4g128", 4096, 4096, 9),
+        ("m1v4g128", 768, 768, 7),
         ("m2v4g128", 4096, 4096, 4),
-        ("m2v8g128", 768, 768, 4),
+        ("m2v8g128", 768, 768, 5),
         ("m3v5g10", 8, 8, 1),
     ],
 )

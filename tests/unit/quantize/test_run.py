@@ -31,6 +31,9 @@ from heliostat.llm import LLM
 from heliostat.model.config import read_config
 from heliostat.model.quantized import QUANTIZATION, read_quantization
 from heliostat.model.weights import load_transformer, read_tensors, save_tensors, weight_files
+from heliostat.ops import native
+from heliostat.ops.codebook_product import ByRows
+from heliostat.ops.native import coded as kernel
 from heliostat.quantize import run
 from heliostat.quantize.fit import Effort
 from heliostat.quantize.run import QUANTIZING, Quantized, Wish, quantize, remove_module
@@ -126,10 +129,27 @@ def test_bytes_are_those_of_the_tensors(low_family_made: Path) -> None:
     size = sum(t.numel() * t.element_size() for t in {id(t): t for t in held}.values())
     line, copies = weights_of(low_family_made, family, ["low"], dtype=torch.float32).lines
     plain = sum(part.in_features * part.out_features for part in coded_linears(model).values())
-    assert line == ("weights of low", size) and copies[1] > 4 * plain
+    assert line == ("weights of low", size) and copies[1] == 4 * plain
     facts = {m.name: m for m in survey(low_family_made, family).modules}["low"]
     assert facts.bytes == size and facts.quantization == "m1v4g32" and "bits" in facts.kind
     assert facts.bits is not None and facts.bits > 2
+
+
+@pytest.mark.skipif(not (native.built() and kernel.built()), reason="the compiled kernels do not run here")
+@torch.inference_mode()
+def test_copies_to_multiply_by_are_those_that_are_made(low_family_made: Path) -> None:
+    family, dtype = read_family(low_family_made), torch.bfloat16
+    model = load_modules(low_family_made, family, ["low"], dtype=dtype)["low"].model
+    model.join()
+    assert isinstance(model.at_once, ByRows)
+    for rows in (1, 64):
+        model.at_once.made_for(rows)
+    kept = [part.product.bytes for part in coded_linears(model).values()]
+    copies = weights_of(low_family_made, family, ["low"], dtype=dtype).lines[1]
+    assert copies[1] == sum(own["packed"] + own["dense"] for own in kept)
+    weights = [part.product.dense(dtype).untyped_storage() for part in coded_linears(model).values()]
+    stored = {one.data_ptr(): one.nbytes() for one in weights}
+    assert sum(stored.values()) == sum(own["dense"] for own in kept), "each is there once"
 
 
 def test_what_cannot_be_is_refused_before_anything_is_computed(

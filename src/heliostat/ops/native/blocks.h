@@ -6,18 +6,19 @@
 
 #include "mixing.h"
 #include "pages.h"
+#include "pieces.h"
 #include "products.h"
 #include "rows.h"
 #include "worn.h"
 
 namespace {
 
-// The weights of a block; null where the model has none. Products of one input are joined.
+// The weights of a block; null where the model has none. Products of one input are joined: they have a piece, or several.
 template <class T>
 struct Weights {
-  const T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate_up, *gate_up_bias, *down,
-      *down_bias, *sinks;
+  const T *input_norm, *q_norm, *k_norm, *post_norm, *sinks;
   const float* average;  // of alpha
+  Pieces<T> qkv, o, gate_up, down;
 };
 
 struct Shape {
@@ -41,14 +42,28 @@ struct Blocks {
   int64_t adapters, ranks;  // the highest rank
   float eps;
   Mixing mixing;
+  void (*look_up)(const LookUp<T>*);  // multiplies by pieces in codebooks; null where there are none
+  float* sums;                        // what it wants as room
 
   int64_t qkv_width() const {
     return (shape.heads + 2 * shape.kv_heads) * shape.head_width + mixing.gates() * shape.heads;
   }
 
-  void product(const T* from, const T* w, const T* bias, const T* residual, T* out, int64_t outputs,
-               int64_t inputs) const {
-    Product<T>{from, inputs, w, bias, residual, out, rows, outputs, inputs}.run();
+  // out [rows, outputs] = from [rows, inputs] by the pieces side by side, plus the residual.
+  void product(const T* from, const Pieces<T>& own, const T* residual, T* out, int64_t outputs, int64_t inputs) const {
+    int64_t first = 0;
+    bool coded = false;
+    for (int64_t i = 0; i < own.count; first += own.piece[i++].outputs) {
+      const Piece<T>& piece = own.piece[i];
+      coded |= piece.coded != nullptr;
+      if (piece.weight)
+        Product<T>{from, inputs, piece.weight, piece.bias, residual ? residual + first : nullptr, out + first,
+                   rows, piece.outputs, inputs, outputs}
+            .run();
+    }
+    if (!coded) return;
+    const LookUp<T> asked{own, from, inputs, residual, out, outputs, rows, sums};
+    look_up(&asked);
   }
 
   static constexpr int64_t LINEARS = 7;  // of a block that may wear adapters: q, k, v, o, gate, up, down
@@ -83,7 +98,7 @@ struct Blocks {
     T *k = keys + layer * shape.layer_numbers, *v = values + layer * shape.layer_numbers;
 
     rms_norm(x, own.input_norm, normed, rows, shape.width, eps);
-    product(normed, own.qkv, own.qkv_bias, nullptr, qkv, qkv_width(), shape.width);
+    product(normed, own.qkv, nullptr, qkv, qkv_width(), shape.width);
     const int64_t qkv_parts[] = {q_width, kv_width, kv_width}, mlp_parts[] = {f, f};
     wear(layer, 0, normed, shape.width, qkv, qkv_width(), qkv_parts, 3);
     turn(qkv, own);
@@ -96,14 +111,14 @@ struct Blocks {
                  1.0f / __builtin_sqrtf(static_cast<float>(d)), own.sinks}
         .run(tasks);
     mixed.finish(said);
-    product(said, own.o, own.o_bias, x, x, shape.width, q_width);
+    product(said, own.o, x, x, shape.width, q_width);
     wear(layer, 3, said, q_width, x, shape.width, &shape.width, 1);
 
     rms_norm(x, own.post_norm, normed, rows, shape.width, eps);
-    product(normed, own.gate_up, own.gate_up_bias, nullptr, wide, 2 * f, shape.width);
+    product(normed, own.gate_up, nullptr, wide, 2 * f, shape.width);
     wear(layer, 4, normed, shape.width, wide, 2 * f, mlp_parts, 2);
     gated(wide, narrow, rows, f);
-    product(narrow, own.down, own.down_bias, x, x, shape.width, f);
+    product(narrow, own.down, x, x, shape.width, f);
     wear(layer, 6, narrow, f, x, shape.width, &shape.width, 1);
   }
 

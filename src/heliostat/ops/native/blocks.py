@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from heliostat.ops import native
+from heliostat.ops.native.coded import Packed, look_up
 
-PARTS = (
-    "input_norm",
-    "qkv",
-    "qkv_bias",
-    "q_norm",
-    "k_norm",
-    "o",
-    "o_bias",
-    "post_norm",
-    "gate_up",
-    "gate_up_bias",
-    "down",
-    "down_bias",
-    "sinks",
-    "average",
-)
-"""The weights of a block in the kernel's order: products of one input joined; norms of heads, biases, sinks and the
-average of alpha (float32) where there are."""
+PARTS = ("input_norm", "q_norm", "k_norm", "post_norm", "sinks", "average")
+"""What a block has beside products, in the kernel's order: norms of heads, sinks and the average of alpha (float32) where
+there are."""
+
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+"""The products of a block, in the kernel's order; Linears of one input are one product."""
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The Linears of a block that may wear adapters, in the kernel's order."""
@@ -40,8 +29,22 @@ KEPT = 64
 """Rows up to which the room of a call is kept for the next: decode steps, not prompts."""
 
 
+class _Piece(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "coded", "bias")),
+        ("outputs", ctypes.c_int64),
+    ]
+
+
+class _Pieces(ctypes.Structure):
+    _fields_ = [("piece", ctypes.POINTER(_Piece)), ("count", ctypes.c_int64)]
+
+
 class _Weights(ctypes.Structure):
-    _fields_ = [(part, ctypes.c_void_p) for part in PARTS]
+    _fields_ = [
+        *((part, ctypes.c_void_p) for part in PARTS),
+        *((product, _Pieces) for product in PRODUCTS),
+    ]
 
 
 class _Part(ctypes.Structure):
@@ -94,7 +97,58 @@ class _Blocks(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("adapters", "ranks")),
         ("eps", ctypes.c_float),
         ("mixing", _Mixing),
+        *((name, ctypes.c_void_p) for name in ("look_up", "sums")),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One Linear of a product, or several of one input that lie end to end."""
+
+    weight: Tensor | Packed  # [O, I], plain or laid out for looking codes up
+    bias: Tensor | None = None  # [O]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        own = self.weight
+        return (own.outputs, own.inputs) if isinstance(own, Packed) else (own.shape[0], own.shape[1])
+
+    def laid(self) -> _Piece:
+        """Good for as long as this is."""
+        own, bias = self.weight, None if self.bias is None else self.bias.data_ptr()
+        at = (None, own.at) if isinstance(own, Packed) else (own.data_ptr(), None)
+        return _Piece(*at, bias, self.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Of one block: a tensor or None for each of PARTS, pieces for each of PRODUCTS; of one number format, contiguous."""
+
+    parts: Mapping[str, Tensor | None]
+    products: Mapping[str, Sequence[Piece]]
+
+    def __post_init__(self) -> None:
+        assert self.parts.keys() == set(PARTS) and self.products.keys() == set(PRODUCTS)
+        average = self.parts["average"]
+        assert average is None or average.dtype == torch.float32, "averages of alpha are float32"
+
+    def laid(self) -> _Weights:
+        """Good for as long as this is."""
+        at = [None if (part := self.parts[name]) is None else part.data_ptr() for name in PARTS]
+        lists = [[piece.laid() for piece in self.products[name]] for name in PRODUCTS]
+        return _Weights(*at, *(_Pieces((_Piece * len(own))(*own), len(own)) for own in lists))
+
+    def shape(self, product: str) -> tuple[int, int]:
+        """(O, I) of a whole product."""
+        shapes = [piece.shape for piece in self.products[product]]
+        return sum(outputs for outputs, _ in shapes), shapes[0][1]
+
+    @property
+    def room(self) -> int:
+        """Floats for each row that looking codes up wants, in the product that wants the most."""
+        each = [[own.weight for own in pieces] for pieces in self.products.values()]
+        return max(sum(own.room for own in some if isinstance(own, Packed)) for some in each)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,28 +238,28 @@ class Blocks:
 
     def __init__(
         self,
-        weights: Sequence[dict[str, Tensor | None]],
+        weights: Sequence[Weights],
         *,
         heads: int,
         eps: float,
         extras: Extras = Extras(),
     ) -> None:
-        """``weights``: for each layer a tensor or None for each of PARTS, all of one dtype, contiguous, on the CPU."""
+        """``weights``: of each layer, on the CPU."""
         self._weights, first = weights, weights[0]  # held, so that the addresses stay good
-        averages = [own["average"] for own in weights]
-        assert all(one is None or one.dtype == torch.float32 for one in averages), (
-            "averages of alpha are float32"
-        )
-        at = [[None if (part := own[name]) is None else part.data_ptr() for name in PARTS] for own in weights]
-        self._at = (_Weights * len(weights))(*(_Weights(*own) for own in at))
-        qkv, o, down = first["qkv"], first["o"], first["down"]
-        assert qkv is not None and o is not None and down is not None
-        head_width = o.shape[1] // heads
+        self._at = (_Weights * len(weights))(*(own.laid() for own in weights))
+        like = first.parts["input_norm"]
+        assert like is not None
+        (wide, width), inner, mlp_width = first.shape("qkv"), first.shape("o")[1], first.shape("down")[1]
+        head_width = inner // heads
         gates = (extras.learned + extras.gated) * heads
-        kv_heads = (qkv.shape[0] - gates - o.shape[1]) // head_width // 2
-        self._sizes = (len(weights), qkv.shape[1], heads, kv_heads, head_width, down.shape[1])
-        self._numbers = qkv.shape[1] + qkv.shape[0] + o.shape[1] + 3 * down.shape[1]
-        self._room, self._eps, self._extras = qkv.new_empty(0), eps, extras
+        kv_heads = (wide - gates - inner) // head_width // 2
+        self._sizes = (len(weights), width, heads, kv_heads, head_width, mlp_width)
+        self._numbers = width + wide + inner + 3 * mlp_width
+        self._room, self._eps, self._extras = like.new_empty(0), eps, extras
+        self._floats = max(own.room for own in weights)
+        """What looking up wants for each row."""
+        self._sums = torch.empty(0)
+        self._look_up = look_up(like.dtype) if self._floats else None
 
     def serves(self, x: Tensor, laid: Laid) -> bool:
         """Whether this can run: rows x [T, E] and pages of the weights' number format, no gradient wanted."""
@@ -219,13 +273,19 @@ class Blocks:
             room = x.new_empty(rows * (self._numbers + JOINED * ranks))
             if rows <= KEPT:
                 self._room = room
+        sums = self._sums
+        if sums.numel() < rows * self._floats:
+            sums = torch.empty(rows * self._floats)
+            if rows <= KEPT:
+                self._sums = sums
         pages, slots = laid.keys.shape[1:3]
         shape = _Shape(*self._sizes, slots, pages * slots * self._sizes[3] * self._sizes[4])
         parts = (x, room, *angles, laid.keys, laid.values, laid.writes, laid.slots)
         at = [part.data_ptr() for part in parts]
         wearing = (_Worn * len(worn))(*(_Worn(dress.at, start, stop) for dress, start, stop in worn))
         adapters = (ctypes.addressof(wearing), len(worn), ranks)
-        asked = (laid.writes.numel(), laid.entries.laid(), *adapters, self._eps, self._mixing(laid))
+        looking = (self._look_up, sums.data_ptr())
+        asked = (laid.writes.numel(), laid.entries.laid(), *adapters, self._eps, self._mixing(laid), *looking)
         native.run_blocks(x, _Blocks(shape, ctypes.addressof(self._at), rows, *at, *asked))
 
     def _mixing(self, laid: Laid) -> _Mixing:
@@ -236,10 +296,3 @@ class Blocks:
         assert sums is not None and filled is not None, "attention is affine and nobody keeps its sums"
         strides = (sums.stride(1), sums.stride(0))
         return _Mixing(sums.data_ptr(), *strides, filled.data_ptr(), filled.numel() // 2, *rest)
-
-
-def weights_of(**parts: Tensor | None) -> dict[str, Tensor | None]:
-    """The weights of one block, by PARTS; what is not named is not there."""
-    unknown = parts.keys() - set(PARTS)
-    assert not unknown, unknown
-    return {part: None if (own := parts.get(part)) is None else own.detach() for part in PARTS}

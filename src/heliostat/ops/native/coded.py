@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from copy import copy
 from functools import cache
 
@@ -15,24 +16,25 @@ from torch import Tensor
 
 from heliostat.ops import native
 from heliostat.ops.codebook import Coded
-from heliostat.ops.codebook_format import ENTRIES
+from heliostat.ops.codebook_format import STRIP
 from heliostat.ops.native.compiling import CODEBOOK
 
-STRIP = 64
-"""Rows whose codes are looked up at once."""
-LONG = 64
-"""Entries that the kernel tries out before it rounds to 8 bits; a codebook begins with its longest ones."""
 VECTORS = 16
 """Vectors of a row that share a table's step, at most: more would make it coarser."""
-MOST_COLUMNS = 256
-"""Bytes that are added up in 16 bits without a carry."""
+MOST_COLUMNS = 128
+"""Bytes that are added up in 16 bits, as numbers with a sign."""
+SECTIONS = 8
+"""Parts of a row, at most, that are added up on their own; so many threads share a weight without doing a table twice."""
 
 
 class _Coded(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("codes", "books", "scales")),
-        *((name, ctypes.c_float) for name in ("longest", "others")),
-        *((name, ctypes.c_int64) for name in ("outputs", "inputs", "m", "v", "columns", "group", "chunk")),
+        *((name, ctypes.c_void_p) for name in ("codes", "books", "words", "scales")),
+        ("longest", ctypes.c_float),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("outputs", "inputs", "m", "v", "columns", "group", "chunk", "section")
+        ),
     ]
 
 
@@ -54,11 +56,20 @@ def built() -> bool:
     return _library() is not None
 
 
+def look_up(dtype: torch.dtype) -> int:
+    """Where the function is that multiplies pieces of a product, for the compiled pass over all blocks."""
+    library = _library()
+    assert library is not None
+    function = library.coded_pieces_bf16 if dtype == torch.bfloat16 else library.coded_pieces_f32
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
 def fits(coded: Coded) -> bool:
     """Whether there is a layout of this weight for the kernel."""
-    few = coded.format.m * VECTORS <= MOST_COLUMNS
     half = coded.scales.dtype == coded.codebooks.dtype == torch.float16
-    return few and half and coded.codes.device.type == "cpu" and coded.codes.numel() > 0
+    return half and coded.codes.device.type == "cpu" and coded.codes.numel() > 0
 
 
 class Packed:
@@ -69,26 +80,33 @@ class Packed:
         assert fits(coded)
         (outputs, segments, m), v = coded.codes.shape, coded.format.v
         columns, strips = segments * m, -(-outputs // STRIP)
-        lengths = coded.codebooks.float().norm(dim=-1)  # [m, 256]
-        order = lengths.argsort(dim=1, descending=True)
-        self._books = _sorted(coded.codebooks.float(), order)  # [m, v, 256]
-        self._codes = _stripped(_renamed(coded.codes, order).view(outputs, columns), strips)
+        books = coded.codebooks.float()
+        longest = float(books.norm(dim=-1).max())
+        group = (segments if coded.format.g is None else coded.format.g // v) * m
+        chunk = min(group, min(VECTORS, MOST_COLUMNS // m) * m)
+        starts = [
+            n for first in range(0, columns, group) for n in range(first, min(first + group, columns), chunk)
+        ]
+        self._books = books.transpose(1, 2).contiguous()  # [m, v, 256]
+        self._words = _in_pairs(self._books / (longest or 1.0))
+        self._codes = _stripped(coded.codes.reshape(outputs, columns), strips, starts)
         self._scales = torch.zeros(coded.scales.shape[1], strips * STRIP, dtype=torch.float16)
         self._scales[:, :outputs] = coded.scales.T
-        sizes = (
-            lengths.sort(dim=1, descending=True).values.amax(0) * 1.0001
-        )  # room for how a length is rounded
-        group = segments if coded.format.g is None else coded.format.g // v
+        section = -(-len(starts) // SECTIONS)
+        self.room = -(-len(starts) // section) * strips * STRIP
+        """Floats that a product wants for each row of x."""
         self.outputs, self.inputs = outputs, coded.inputs
-        self._facts = (
-            (float(sizes[0]), float(sizes[LONG])),
-            (*(outputs, coded.inputs, m, v, columns, group * m, min(group, VECTORS) * m),),
-        )
+        self._facts = (longest, outputs, coded.inputs, m, v, columns, group, chunk, section)
         self._lay()
 
     def _lay(self) -> None:
-        at = (part.data_ptr() for part in (self._codes, self._books, self._scales))
-        self._laid = _Coded(*at, *self._facts[0], *self._facts[1])
+        at = (part.data_ptr() for part in (self._codes, self._books, self._words, self._scales))
+        self._laid = _Coded(*at, *self._facts)
+
+    @property
+    def at(self) -> int:
+        """The address of what the kernel reads."""
+        return ctypes.addressof(self._laid)
 
     def again(self) -> Packed:
         """The same weight at another place in memory."""
@@ -100,7 +118,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a product reads."""
-        parts = (self._codes, self._books, self._scales)
+        parts = (self._codes, self._books, self._words, self._scales)
         return sum(part.numel() * part.element_size() for part in parts)
 
     def product(self, x: Tensor, bias: Tensor | None = None, *, planes: int = 2) -> Tensor:
@@ -123,20 +141,21 @@ class Packed:
         return out
 
 
-def _sorted(books: Tensor, order: Tensor) -> Tensor:
-    rows = torch.arange(books.shape[0])[:, None]
-    return books[rows, order].transpose(1, 2).contiguous()
+def _in_pairs(books: Tensor) -> Tensor:
+    """Codebooks [m, v, 256] whose longest entry has length one -> [m, pairs of v, 256, 2] in 16 bits."""
+    padded = torch.nn.functional.pad(books, (0, 0, 0, books.shape[1] % 2))
+    words = (padded * 32767).round().to(torch.int16)
+    return words.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
 
 
-def _renamed(codes: Tensor, order: Tensor) -> Tensor:
-    """Codes [M, S, m] for codebooks whose entries were put in ``order`` [m, 256]."""
-    now = torch.empty_like(order).scatter_(1, order, torch.arange(ENTRIES).expand_as(order)).to(torch.uint8)
-    return torch.stack([now[book][codes[..., book].int()] for book in range(codes.shape[-1])], dim=-1)
-
-
-def _stripped(codes: Tensor, strips: int) -> Tensor:
-    """Codes [M, columns] -> [strips, columns, 64]: the first half of a strip's rows at even places."""
+def _stripped(codes: Tensor, strips: int, starts: Sequence[int]) -> Tensor:
+    """Codes [M, columns] -> for each chunk [strips, its columns, 64]; rows so that they end in order, as ``finish`` says."""
     whole = codes.new_zeros(strips * STRIP, codes.shape[1])
     whole[: codes.shape[0]] = codes
-    places = torch.arange(STRIP).view(2, -1).T.flatten()  # 0, 32, 1, 33, ...
-    return whole.view(strips, STRIP, -1)[:, places].transpose(1, 2).contiguous()
+    rows = torch.arange(STRIP).view(
+        2, 2, 4, 4
+    )  # even or odd place, of the first or the second 8, which 16, which of 4
+    places = rows.permute(2, 1, 3, 0).flatten()
+    lain = whole.view(strips, STRIP, -1)[:, places].transpose(1, 2)  # [strips, columns, 64]
+    ends = [*starts[1:], codes.shape[1]]
+    return torch.cat([lain[:, begin:end].flatten() for begin, end in zip(starts, ends, strict=True)])

@@ -22,7 +22,7 @@ FLAGS = [
     "-mavx512bf16",
     "-mfma",
 ]
-MORE = {"codebook": ["-mavx512vbmi"]}
+MORE = {"codebook": ["-mavx512vbmi", "-mavx512vnni"]}
 """Flags of one library alone, by the name of its source: what it uses and not every such processor has."""
 
 
