@@ -81,6 +81,8 @@ bench-pages: $(STAMP)  ## what docs/results holds of speed, measured again: two 
 	OMP_NUM_THREADS=1 $(BIN)/python -m heliostat.bench.validating --costs docs/results/costs.json
 	$(BIN)/heliostat bench workers --costs docs/results/costs.json --members 4 --popularity zipf:1.2 --compare sun --docs docs/results
 	$(BIN)/python -m heliostat.bench.qsun_decode
+	$(BIN)/python -m heliostat.bench.speculate_stand
+	$(BIN)/heliostat bench speculate out/speculate/family --draft small --prompts out/speculate/prompts.jsonl --test out/speculate/test.jsonl --held-out out/speculate/held-out.jsonl --members told=out/speculate/told.jsonl,retold=out/speculate/retold.jsonl --docs docs/results
 	$(if $(TRACES),$(BIN)/python -m heliostat.bench.replaying $(TRACES))
 	HELIOSTAT_VLLM=$(wildcard $(VLLM)) HELIOSTAT_OPENVINO=$(wildcard $(OPENVINO)) $(BIN)/python -m heliostat.bench.engine
 	$(BIN)/python -m heliostat.bench.readme

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from heliostat.build import Loaded
 from heliostat.clock import run_virtual
 from heliostat.engine.engine import Engine
 from heliostat.engine.grammar import Grammars
+from heliostat.engine.graphs import as_it_is
+from heliostat.engine.paged import PagePool
 from heliostat.engine.request import Request, Sampling
-from heliostat.engine.speculation.drafting import OnOwnPages
+from heliostat.engine.runner import Runner
+from heliostat.engine.speculation.drafting import OnOwnPages, Speech
 from heliostat.engine.speculation.rule import LOSSLESS, Rule
 from heliostat.engine.speculation.speculator import Drafting
 from heliostat.family import Row
@@ -26,7 +29,8 @@ from heliostat.model.weights import load_transformer
 from tests.conftest import write_checkpoint
 from tests.promises.crews import Listener, assert_empty, crowd, make_worker, order_of
 from tests.promises.test_disaggregation import jobs_of
-from tests.promises.toys import ROWS, Exactness, Job, make_engine, serve
+from tests.promises.test_quantized import low_of
+from tests.promises.toys import ROWS, Exactness, Job, make_engine, serve, toy_modules
 from tests.unit.engine.invariants import check_pages
 
 DRAFTS = ("ngram", "close", "far", "twin", "same")
@@ -328,3 +332,71 @@ def test_what_was_drafted_is_told_with_the_tokens_and_goes_on_elsewhere(
         await worker.close()
 
     run_virtual(on())
+
+
+def test_the_twin_in_codebooks_reads_the_speakers_pages(
+    modules: dict[str, Loaded], tokenizer: Tokenizer, exactness: Exactness
+) -> None:
+    low = Loaded("low", "digest of low", "low", low_of(modules["base"].model, dense=False))
+    asked = wishes(24, seed=8)
+    drafting = Drafting(module=low, reads=True, adaptive=False, ahead=3)
+    asking = Asking(make_engine(modules, tokenizer, drafting=drafting))
+    for wish in asked:
+        asking.ask(wish)
+    same(exactness, asking.run(), alone(modules, tokenizer, asked))
+    assert sum(request.speculated.accepted for request in asking.requests) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads"), [("affine+gated", False), ("affine+gated", True), ("sink", False)]
+)
+def test_bases_of_other_attention_forget_what_was_rolled_back(
+    kind: str, reads: bool, tokenizer: Tokenizer, exactness: Exactness, make_checkpoint: Callable[..., Path]
+) -> None:
+    """Running sums of a page that held rejected tokens are made anew."""
+    folder = make_checkpoint(model_type="heliostat_llama", attention={"kind": kind})
+    modules = toy_modules(load_transformer(folder, read_config(folder), dtype=torch.float32))
+    asked = wishes(12, seed=4)
+    draft = nudged(modules["a"], "close", 0.004)
+    drafting = Drafting(module=draft, reads=reads, adaptive=False, ahead=6)
+    asking = Asking(make_engine(modules, tokenizer, drafting=drafting, max_tokens_per_step=64))
+    for wish in asked:
+        asking.ask(wish)
+    same(exactness, asking.run(), alone(modules, tokenizer, asked))
+    told = [request.speculated for request in asking.requests]
+    assert 0 < sum(each.accepted for each in told) < sum(each.drafted for each in told)
+
+
+@pytest.mark.parametrize("draft", ["close", "twin"])
+def test_long_prompts_in_small_steps_and_recorded_passes(
+    draft: str,
+    modules: dict[str, Loaded],
+    draftings: dict[str, Drafting],
+    tokenizer: Tokenizer,
+    exactness: Exactness,
+) -> None:
+    asked = [Wish(w.row, w.prompt * 3, w.sampling) for w in wishes(10, seed=6)]
+    small = {"max_tokens_per_step": 12, "max_running": 5}
+    asking = Asking(make_engine(modules, tokenizer, drafting=draftings[draft], **small))
+    assert asking.engine.speculator is not None
+    speech = asking.engine.speculator.drafter.speech  # type: ignore[attr-defined]
+    speech.runner = recorded(speech, asking.engine)
+    for wish in asked:
+        asking.ask(wish)
+    same(exactness, asking.run(), alone(modules, tokenizer, asked))
+    assert speech.runner.graphs.replays > 0
+    assert sum(request.speculated.accepted for request in asking.requests) > 0
+
+
+def recorded(speech: Speech, engine: Engine) -> Runner:
+    """The draft's runner as on a GPU, its recording aside; where pages are the speaker's, so is the pool."""
+    before = speech.runner
+    shared = before.pool is engine.runner.pool
+    pages, size = before.pool.keys.shape[1:3]
+    if not shared:
+        return Runner({speech.module.name: speech.module}, pages=pages, page_size=size, record=as_it_is)
+    pool = PagePool(engine.config, pages=pages + 1, page_size=size, dtype=before.pool.keys.dtype)
+    engine.runner.pool = pool
+    return Runner(
+        {speech.module.name: speech.module}, pages=pages, page_size=size, record=as_it_is, pool=pool
+    )

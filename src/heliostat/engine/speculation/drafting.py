@@ -14,7 +14,7 @@ from heliostat.engine.paged import PagePool
 from heliostat.engine.request import Request, Sampling
 from heliostat.engine.runner import Runner
 from heliostat.engine.sampler import Draw, sample
-from heliostat.engine.speculation.ngram import Index
+from heliostat.engine.speculation.ngram import REACH, Index
 from heliostat.engine.speculation.shadows import Shadows
 from heliostat.engine.step import Chunk, Step
 
@@ -58,8 +58,8 @@ class LookUp:
 
     def most(self, request: Request, count: int) -> int:
         """All of ``count``, or nothing."""
-        text = self._texts.setdefault(request.id, Index())
-        text.extend(request.token_ids(len(text.tokens), request.length))
+        text = self._texts.setdefault(request.id, Index(max(0, request.length - REACH)))
+        text.extend(request.token_ids(text.first + len(text.tokens), request.length))
         self._found[request.id] = text.look_up(count)
         return len(self._found[request.id])
 

@@ -6,7 +6,7 @@ engine took, and every now and then the other choice is tried, so that the measu
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -44,16 +44,20 @@ class Seconds:
     """Measured seconds by the number of rows: running means, and lines between them."""
 
     means: dict[int, float] = field(default_factory=dict)
+    _known: list[int] = field(default_factory=list)
+    """Numbers of rows that were measured, in order."""
 
     def learn(self, rows: int, seconds: float) -> None:
         """One more measurement; a clock that does not move tells nothing."""
         if seconds > 0:
+            if rows not in self.means:
+                insort(self._known, rows)
             before = self.means.get(rows, seconds)
             self.means[rows] = before + NEWEST * (seconds - before)
 
     def at(self, rows: int) -> float | None:
         """For so many rows; None where nothing was measured. Beyond what was the line from end to end goes on."""
-        known = sorted(self.means)
+        known = self._known
         if not known or not rows:
             return None if rows else 0.0
         place = bisect_left(known, rows)
@@ -136,20 +140,19 @@ class Lengths:
         )
         if alone is None:
             return dict(possible)
-        chosen: dict[str, int] = {}
-        best, speed = dict(chosen), rows / alone
-        tokens, at_depth = float(rows), [0] * (self.most + 1)
-        for count, (gain, depth, request) in enumerate(gains, start=1):
+        best, speed = 0, rows / alone
+        tokens, own, at_depth = float(rows), 0.0, [0] * (self.most + 1)
+        for count, (gain, depth, _) in enumerate(gains, start=1):
             tokens += gain
+            own -= self._drafting(at_depth[-depth])
             at_depth[-depth] += 1
-            chosen[request] = -depth
-            seconds = (self.speaking.at(rows + count) or 0.0) + self._drafting(at_depth)
+            own += self._drafting(at_depth[-depth])
+            seconds = (self.speaking.at(rows + count) or 0.0) + own
             if tokens / seconds > speed:
-                best, speed = dict(chosen), tokens / seconds
-        return best
+                best, speed = count, tokens / seconds
+        # Of one request the first token comes before the second: the last that is among them says how many.
+        return {request: -depth for _, depth, request in gains[:best]}
 
-    def _drafting(self, at_depth: list[int]) -> float:
-        """Seconds of the draft's passes, one a depth; nothing where it has none, or nobody knows."""
-        if not self.passes:
-            return 0.0
-        return sum(self.drafting.at(requests) or 0.0 for requests in at_depth if requests)
+    def _drafting(self, requests: int) -> float:
+        """Seconds of one of the draft's passes; nothing where it has none, or nobody knows."""
+        return (self.drafting.at(requests) or 0.0) if self.passes else 0.0

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 LONGEST, SHORTEST = 4, 2
 """So many last tokens are looked for; the longer found before the shorter."""
+REACH = 8192
+"""Tokens of a prompt, from its end, that are looked at: an index takes about 450 bytes for each."""
 
 
 @dataclass(slots=True)
 class Index:
     """Where each run of a few tokens stood last in one text, which only grows."""
 
+    first: int = 0
+    """Position of its first token in the whole."""
     tokens: list[int] = field(default_factory=list)
     _after: dict[tuple[int, ...], int] = field(default_factory=dict)
     """Run -> position of the token after it, where there is one."""
