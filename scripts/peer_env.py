@@ -37,8 +37,9 @@ def make(peer: str, folder: Path) -> None:
         name_it_vllm(python)
         # What vLLM's connector between machines stands on, where there is a build of it.
         subprocess.run([*pip, "install", "--quiet", "--no-deps", *NIXL], check=False)
-        # Its plug-ins, and nothing that they would bring along.
-        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", str(Path(__file__).parents[1])], check=True)
+        # heliostat's plug-ins, and nothing that they would bring along.
+        here = str(Path(__file__).parents[1])
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", here], check=True)
     if peer in SOURCES:
         load_sources(peer, folder, pip)
     if peer == "ggml":
