@@ -93,12 +93,10 @@ def serve(
 ) -> None:
     """Each member is a model name. SIGTERM or Ctrl-C finishes what is in flight, a second one ends at once.
 
-    With --prefill-workers and --decode-workers, or a --cluster file, worker processes answer instead of this one.
-    """
-    from heliostat.serve.run import Settings, cluster_text
-    from heliostat.serve.run import serve as run
+    With --prefill-workers and --decode-workers, or a --cluster file, worker processes answer instead of this one."""
+    from heliostat.serve import run
 
-    settings = Settings(
+    settings = run.Settings(
         family=family,
         cluster=cluster,
         prefill_workers=prefill_workers,
@@ -124,6 +122,6 @@ def serve(
         max_connections=max_connections,
     )
     if print_cluster:
-        return print(cluster_text(settings), end="")
+        return print(run.cluster_text(settings), end="")
     note(f"loading {family or cluster} ...")
-    run(settings, version=__version__)
+    run.serve(settings, version=__version__)
