@@ -20,6 +20,7 @@ PEERS = {
     # What AQLM's kernel for processors is made with; the torch that it takes its numbers from is ours.
     "aqlm": ["numba", "numpy", "scipy"],
 }
+NIXL = ["nixl==1.5.1", "nixl-cu12==1.5.1"]
 SOURCES = {"ggml": "llama-cpp-python==0.3.36", "aqlm": "aqlm==1.1.7"}
 FOREIGN = ["torchvision", "torchaudio", "torchcodec", "triton"]
 """Come along as CUDA builds, which do not fit vLLM's torch and which nobody asks for."""
@@ -34,8 +35,11 @@ def make(peer: str, folder: Path) -> None:
     if peer == "vllm":
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *FOREIGN], check=True)
         name_it_vllm(python)
-        # Its plug-ins, and nothing that they would bring along.
-        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", str(Path(__file__).parents[1])], check=True)
+        # What vLLM's connector between machines stands on, where there is a build of it.
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", *NIXL], check=False)
+        # heliostat's plug-ins, and nothing that they would bring along.
+        here = str(Path(__file__).parents[1])
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", here], check=True)
     if peer in SOURCES:
         load_sources(peer, folder, pip)
     if peer == "ggml":

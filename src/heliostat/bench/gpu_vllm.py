@@ -82,7 +82,8 @@ def made(folder: Path, plan: Plan) -> Path:
     torch.manual_seed(0)
     dtype = getattr(torch, plan.dtype)
     shape = {key: value for key, value in plan.model.items() if key != "model_type"}
-    config = LlamaConfig(**shape, initializer_range=shape["hidden_size"] ** -0.5)  # weights that say something
+    shape["initializer_range"] = shape["hidden_size"] ** -0.5  # weights that say something
+    config = LlamaConfig(**shape)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(EMBEDDED_BASE).save_pretrained(folder / "base")
     place = folder / "fam"

@@ -22,6 +22,9 @@ from tests.unit.cli.conftest import Heliostat
         (["--cluster", "gone.yaml"], "gone.yaml cannot be read"),
         (["--cluster", "gone.yaml", "--decode-workers", "1"], "leave --prefill-workers"),
         (["--print-cluster"], "one process does all"),
+        (["--engine", "vlm"], "there is embedded, vllm"),
+        (["--engine", "vllm", "--prefill-workers", "1"], "members ask 3 sets of weights of role"),
+        (["--cluster", "gone.yaml", "--engine", "vllm"], "leave --engine out"),
     ],
 )
 def test_what_is_refused(
