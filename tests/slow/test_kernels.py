@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 
 CASES = [
-    ("kernels", "HELIOSTAT_NATIVE", ("native", "paging", "blocks"), native.built),
-    ("codebook", "HELIOSTAT_NATIVE_CODEBOOK", ("codebook_kernel",), coded.built),
+    ("kernels", "HELIOSTAT_NATIVE", ("native", "paging", "blocks", "coded_blocks"), native.built),
+    ("codebook", "HELIOSTAT_NATIVE_CODEBOOK", ("codebook_kernel", "coded_blocks"), coded.built),
 ]
 
 

@@ -27,6 +27,7 @@ def page(found: Found, birth: Found) -> str:
         "Microseconds of one product; in brackets how many times as fast as the best dense bf16 product of the same run.",
         f"{found['plan']['bytes'] >> 20} MiB of weights and more taken in turn (fewer of ours beyond batch 4); medians of "
         f"{found['plan']['repeats']}.",
+        "*As it serves* looks codes up in two planes for few rows and reads a dense copy for more.",
         f"Memory is read at {found['reading'] / 1e9:.1f} GB/s here; *memory* is the time of reading a weight's bytes so.",
         "",
         f"`{birth['command']}`; {birth['hardware']}; {birth['threads']} threads; commit {birth['commit']}; {birth['date']}",
@@ -72,7 +73,15 @@ def _table(shape: Found, found: Found) -> list[str]:
             cells = [_against(own[planes][b], best_dense(shape, b)) for b in batches]
             ratio = f"{own[planes][batches[0]] / memory:.2f}x"
             rows.append(_row([f"{name}, planes: {planes}", *cells, f"{own[f'error {planes}']:.2%}", ratio]))
+        cells = [_against(_chosen(shape, own, b), best_dense(shape, b)) for b in batches]
+        rows.append(_row([f"{name}, as it serves", *cells, "", ""]))
     return rows
+
+
+def _chosen(shape: Found, own: Found, batch: int) -> float:
+    """Seconds of what the dispatcher takes: two planes up to so many rows, then a dense copy."""
+    serves = "heliostat bf16" if "heliostat bf16" in shape["dense"] else "torch bf16"
+    return float(own["2"][batch] if batch <= own["rows"] else shape["dense"][serves][batch])
 
 
 def _against(seconds: float, dense: float) -> str:

@@ -35,6 +35,7 @@ from heliostat.family import SHARINGS, Row
 from heliostat.files import atomic_write_text
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.model.transformer import Transformer
+from heliostat.ops.codebook_product import ByRows
 from heliostat.ops.native.blocks import Blocks, Laid, Worn
 
 MEMBERS = 8
@@ -58,7 +59,7 @@ class Plan:
 class Timed:
     """All blocks at once, and the seconds that they took."""
 
-    inner: Blocks
+    inner: Blocks | ByRows
     seconds: float = 0.0
 
     def serves(self, x: Tensor, laid: Laid) -> bool:

@@ -24,6 +24,7 @@ def test_a_page_of_tables_and_a_picture(tmp_path: Path, monkeypatch: pytest.Monk
     kernels_page.write(found, birth, tmp_path)
     text = (tmp_path / "codegemm.md").read_text()
     assert "m2v8g128, planes: 2" in text and "torch int8" in text and "| Q2_K | 64x128 | 1 | 1000 |" in text
+    assert "m1v4g128, as it serves" in text
     assert "aqlm (HELIOSTAT_AQLM is not set)" in text and "ggml (" not in text
     assert json.loads((tmp_path / "codegemm.json").read_text())["found"]["plan"]["repeats"] == 1
     assert (tmp_path / "codegemm.svg").read_text().startswith("<svg")

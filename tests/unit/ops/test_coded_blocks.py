@@ -90,8 +90,8 @@ def test_adapters_ride_on_them(names: tuple[str, ...], few: Few) -> None:
 @pytest.mark.parametrize("names", [ALL, SOME], ids=["all", "some"])
 def test_a_number_of_threads_changes_no_bit(names: tuple[str, ...], few: Few) -> None:
     few(100)
-    model, threads, found = model_of("llama", torch.bfloat16, finish=inside("m1v4g16", names)), 0, []
-    threads = torch.get_num_threads()
+    model = model_of("llama", torch.bfloat16, finish=inside("m1v4g16", names))
+    threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
