@@ -40,8 +40,8 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "`held out` are also told in ways nobody was trained on. Greedy answers. What was measured, and what it is "
         "worth: [the method](../methods/selfjudge.md).",
         "",
-        f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}; "
-        f"medians of {facts['repeats']} turns of {facts['calls']} prompts, all rules in each turn.",
+        f"`{birth['command']}`; {birth['hardware']}, torch threads: {birth['threads']}; commit {birth['commit']}; "
+        f"{birth['date']}; medians of {facts['repeats']} turns of {facts['calls']} prompts, all rules in each turn.",
         "",
         "## Answers",
         "",
@@ -58,9 +58,12 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
         *_speeds(rules),
         "",
+        _cost(rules),
+        "",
         f"![accuracy over tokens a second]({CURVE})",
         "",
-        f"The judge takes {100 * judge_share(found):.2f} % of the time at batch {facts['batches'][0]}.",
+        f"A call of the judge takes {1e6 * found['points']['judge_seconds']['8']:.0f} microseconds for 8 tokens: "
+        f"{100 * judge_share(found):.2f} % of the time at batch {facts['batches'][0]}, if every pass had drafts.",
         "",
         "## Judges",
         "",
@@ -114,6 +117,17 @@ def _answers(rules: Sequence[Ruled]) -> list[str]:
         )
         rows.append([f"`{one.rule}`", *rights, *drafts])
     return table(heads, rows)
+
+
+def _cost(rules: Sequence[Ruled]) -> str:
+    """What a step takes: where that is little, there is little to save."""
+    batch = min(rules[0].speed)
+    step = 1000 * batch / next(one for one in rules if one.rule == "off").speed[batch]
+    return (
+        f"Without drafts a step takes {step:.2f} ms at batch {batch}, all of scheduling and text included. Drafts save "
+        "passes of the speaker and add passes of the draft, so they pay where a pass of the speaker costs much more than "
+        "one of the draft."
+    )
 
 
 def _speeds(rules: Sequence[Ruled]) -> list[str]:
