@@ -28,21 +28,9 @@ def write_page(found: Mapping[str, Any], folder: Path) -> Path:
 
 def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
     """The page as Markdown."""
-    facts, birth = found["facts"], found["points"]["birth"]
-    sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
-    items = found["points"]["answers/0/off/told"]["items"]
+    facts = found["facts"]
     parts = [
-        "# Rules for drafted tokens, side by side",
-        "",
-        *(f"- {line}" for line in verdicts(rules)),
-        "",
-        f"Parameters: {sizes}. {items} test prompts whose facts nobody was trained on, graded on the final result; those "
-        "`held out` are also told in ways nobody was trained on. Greedy answers. What was measured, and what it is "
-        "worth: [the method](../methods/selfjudge.md).",
-        "",
-        f"`{birth['command']}`; {birth['hardware']}, torch threads: {birth['threads']}; commit {birth['commit']}; "
-        f"{birth['date']}; medians of {facts['repeats']} turns of {facts['calls']} prompts, all rules in each turn.",
-        "",
+        *_preface(found, rules),
         "## Answers",
         "",
         "Up to 8 tokens are drafted whatever it costs. *Length*: tokens for each pass of the speaker. *Taken*: share of "
@@ -87,6 +75,25 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _preface(found: Mapping[str, Any], rules: Sequence[Ruled]) -> list[str]:
+    facts, birth = found["facts"], found["points"]["birth"]
+    sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
+    items = found["points"]["answers/0/off/told"]["items"]
+    return [
+        "# Rules for drafted tokens, side by side",
+        "",
+        *(f"- {line}" for line in verdicts(rules)),
+        "",
+        f"Parameters: {sizes}. {items} test prompts whose facts nobody was trained on, graded on the final result; those "
+        "`held out` are also told in ways nobody was trained on. Greedy answers. What was measured, and what it is "
+        "worth: [the method](../methods/selfjudge.md).",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}, torch threads: {birth['threads']}; commit {birth['commit']}; "
+        f"{birth['date']}; medians of {facts['repeats']} turns of {facts['calls']} prompts, all rules in each turn.",
+        "",
+    ]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
