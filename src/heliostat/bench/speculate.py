@@ -141,7 +141,7 @@ def measure(wish: Measured, *, tell: Tell = lambda line: None) -> dict[str, Any]
         points("by_result", lambda: _other(wish, "by-result", labels="result"))
     tell("other members")
     points("transfer", lambda: _transfer(wish, tell))
-    command = f"heliostat bench speculate {wish.family} --draft {wish.draft}"
+    command = f"heliostat bench speculate {wish.family} --draft {wish.draft} --prompts {wish.prompts} --test {wish.test}"
     points("birth", lambda: certificate(command, repeats=wish.repeats, seconds=time.perf_counter() - begin))
     return points.all
 

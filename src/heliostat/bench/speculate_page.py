@@ -28,21 +28,9 @@ def write_page(found: Mapping[str, Any], folder: Path) -> Path:
 
 def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
     """The page as Markdown."""
-    facts, birth = found["facts"], found["points"]["birth"]
-    sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
-    items = found["points"]["answers/0/off/told"]["items"]
+    facts = found["facts"]
     parts = [
-        "# Rules for drafted tokens, side by side",
-        "",
-        *(f"- {line}" for line in verdicts(rules)),
-        "",
-        f"Parameters: {sizes}. {items} test prompts whose facts nobody was trained on, graded on the final result; those "
-        "`held out` are also told in ways nobody was trained on. Greedy answers. What was measured, and what it is "
-        "worth: [the method](../methods/selfjudge.md).",
-        "",
-        f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}; "
-        f"medians of {facts['repeats']} turns of {facts['calls']} prompts, all rules in each turn.",
-        "",
+        *_preface(found, rules),
         "## Answers",
         "",
         "Up to 8 tokens are drafted whatever it costs. *Length*: tokens for each pass of the speaker. *Taken*: share of "
@@ -58,9 +46,12 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
         *_speeds(rules),
         "",
+        _cost(rules),
+        "",
         f"![accuracy over tokens a second]({CURVE})",
         "",
-        f"The judge takes {100 * judge_share(found):.2f} % of the time at batch {facts['batches'][0]}.",
+        f"A call of the judge takes {1e6 * found['points']['judge_seconds']['8']:.0f} microseconds for 8 tokens: "
+        f"{100 * judge_share(found):.2f} % of the time at batch {facts['batches'][0]}, if every pass had drafts.",
         "",
         "## Judges",
         "",
@@ -84,6 +75,25 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
     ]
     return "\n".join(parts)
+
+
+def _preface(found: Mapping[str, Any], rules: Sequence[Ruled]) -> list[str]:
+    facts, birth = found["facts"], found["points"]["birth"]
+    sizes = ", ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
+    items = found["points"]["answers/0/off/told"]["items"]
+    return [
+        "# Rules for drafted tokens, side by side",
+        "",
+        *(f"- {line}" for line in verdicts(rules)),
+        "",
+        f"Parameters: {sizes}. {items} test prompts whose facts nobody was trained on, graded on the final result; those "
+        "`held out` are also told in ways nobody was trained on. Greedy answers. What was measured, and what it is "
+        "worth: [the method](../methods/selfjudge.md).",
+        "",
+        f"`{birth['command']}`; {birth['hardware']}, torch threads: {birth['threads']}; commit {birth['commit']}; "
+        f"{birth['date']}; medians of {facts['repeats']} turns of {facts['calls']} prompts, all rules in each turn.",
+        "",
+    ]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -114,6 +124,17 @@ def _answers(rules: Sequence[Ruled]) -> list[str]:
         )
         rows.append([f"`{one.rule}`", *rights, *drafts])
     return table(heads, rows)
+
+
+def _cost(rules: Sequence[Ruled]) -> str:
+    """What a step takes: where that is little, there is little to save."""
+    batch = min(rules[0].speed)
+    step = 1000 * batch / next(one for one in rules if one.rule == "off").speed[batch]
+    return (
+        f"Without drafts a step takes {step:.2f} ms at batch {batch}, all of scheduling and text included. Drafts save "
+        "passes of the speaker and add passes of the draft, so they pay where a pass of the speaker costs much more than "
+        "one of the draft."
+    )
 
 
 def _speeds(rules: Sequence[Ruled]) -> list[str]:

@@ -17,58 +17,72 @@ if TYPE_CHECKING:
     from heliostat.judging.picture import Answered
     from heliostat.judging.run import Judged, Wish
 
+Draft = Annotated[str, typer.Option(help="Module whose tokens are judged.", show_default=False)]
+Data = Annotated[
+    Path,
+    typer.Option(
+        help="Prompts, jsonl of any kind that train reads; answers may be there.", show_default=False
+    ),
+]
+Speaker = Annotated[str, typer.Option(help="Module that speaks, and whose states are read.")]
+Member = Annotated[
+    str | None,
+    typer.Option(
+        help="Member whose row answers; it must have this speaker.", show_default="the speaker alone"
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="Of the judge.", show_default="SPEAKER-DRAFT")]
+Metric = Annotated[str, typer.Option(help=f"How results are compared. {METRICS_SHOWN}.")]
+Prompts = Annotated[int | None, typer.Option(min=1, help="At most so many.", show_default="all")]
+Calibration = Annotated[
+    int, typer.Option(min=0, help="Prompts whose substituted tokens are followed to a result.")
+]
+Labels = Annotated[
+    str,
+    typer.Option(
+        help="What says whether a token is acceptable: suffix (how well the answer would have gone on), or result "
+        "(whether it comes to the same; many times the work)."
+    ),
+]
+Suffix = Annotated[int, typer.Option(min=1, help="Tokens behind a token that its score looks at.")]
+Share = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Of the known unacceptable tokens, that may be called acceptable."),
+]
+Tau = Annotated[
+    float | None,
+    typer.Option(
+        help="Threshold of scores, in nats, where results cannot be compared.", show_default="found"
+    ),
+]
+Recall = Annotated[
+    float, typer.Option(min=0, max=1, help="Of the unacceptable tokens, that theta `recall` rejects.")
+]
+Theta = Annotated[str, typer.Option(help="How theta is chosen: recall or f1 (best F1, takes more).")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+Picture = Annotated[bool, typer.Option(help="Answer held-out prompts at several thetas, and draw it.")]
+Seed = Annotated[int, typer.Option(min=0, help="Which prompts are used, and which are held out.")]
+
 
 def judge(
     family: Family,
-    draft: Annotated[str, typer.Option(help="Module whose tokens are judged.", show_default=False)],
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Prompts, jsonl of any kind that train reads; answers may be there.", show_default=False
-        ),
-    ],
-    speaker: Annotated[str, typer.Option(help="Module that speaks, and whose states are read.")] = "base",
-    member: Annotated[
-        str | None,
-        typer.Option(
-            help="Member whose row answers; it must have this speaker.", show_default="the speaker alone"
-        ),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the judge.", show_default="SPEAKER-DRAFT")] = None,
-    metric: Annotated[str, typer.Option(help=f"How results are compared. {METRICS_SHOWN}.")] = "contains",
-    prompts: Annotated[int | None, typer.Option(min=1, help="At most so many.", show_default="all")] = None,
-    calibration: Annotated[
-        int, typer.Option(min=0, help="Prompts whose substituted tokens are followed to a result.")
-    ] = 100,
-    labels: Annotated[
-        str,
-        typer.Option(
-            help="What says whether a token is acceptable: suffix (how well the answer would have gone on), or result "
-            "(whether it comes to the same; many times the work)."
-        ),
-    ] = "suffix",
-    suffix: Annotated[int, typer.Option(min=1, help="Tokens behind a token that its score looks at.")] = 20,
-    share: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Of the known unacceptable tokens, that may be called acceptable."),
-    ] = 0.1,
-    tau: Annotated[
-        float | None,
-        typer.Option(
-            help="Threshold of scores, in nats, where results cannot be compared.", show_default="found"
-        ),
-    ] = None,
-    recall: Annotated[
-        float, typer.Option(min=0, max=1, help="Of the unacceptable tokens, that theta `recall` rejects.")
-    ] = 0.9,
-    theta: Annotated[
-        str, typer.Option(help="How theta is chosen: recall or f1 (best F1, takes more).")
-    ] = "recall",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
-    picture: Annotated[
-        bool, typer.Option(help="Answer held-out prompts at several thetas, and draw it.")
-    ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Which prompts are used, and which are held out.")] = 0,
+    draft: Draft,
+    data: Data,
+    speaker: Speaker = "base",
+    member: Member = None,
+    name: Name = None,
+    metric: Metric = "contains",
+    prompts: Prompts = None,
+    calibration: Calibration = 100,
+    labels: Labels = "suffix",
+    suffix: Suffix = 20,
+    share: Share = 0.1,
+    tau: Tau = None,
+    recall: Recall = 0.9,
+    theta: Theta = "recall",
+    max_tokens: MaxTokens = 512,
+    picture: Picture = True,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """The speaker answers, and is asked how well its answer would go on behind each other token that the draft would say.

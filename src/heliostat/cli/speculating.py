@@ -12,51 +12,56 @@ from heliostat.cli.failing import stop
 from heliostat.cli.printing import Family, Json, print_json
 from heliostat.errors import Refused
 
+Draft = Annotated[str, typer.Option(help="Module that drafts.", show_default=False)]
+Prompts = Annotated[Path, typer.Option(help="Data that judges learn from, jsonl.", show_default=False)]
+Test = Annotated[Path, typer.Option(help="Data with answers that no judge sees, jsonl.", show_default=False)]
+HeldOut = Annotated[
+    Path | None, typer.Option(help="The same, told in ways nobody was trained on.", show_default="none")
+]
+Member = Annotated[str | None, typer.Option(help="Member whose row answers.", show_default="the base alone")]
+Members = Annotated[
+    str | None,
+    typer.Option(
+        help="Others with the same speaker, NAME=DATA by comma: what is a judge of one worth to another?",
+        show_default="none",
+    ),
+]
+Metric = Annotated[str, typer.Option(help="How answers are graded: exact, contains, command.")]
+Tau = Annotated[float | None, typer.Option(help="Threshold of scores, as in `judge`.", show_default="found")]
+Items = Annotated[int, typer.Option(min=1, help="Test prompts, at most.")]
+Batches = Annotated[str, typer.Option(help="Requests at once, by comma.")]
+Repeats = Annotated[int, typer.Option(help="Turns of each batch; at least 5.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Judges.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+Rules = Annotated[
+    str | None,
+    typer.Option(help="Rules, by comma; off, lossless and both judged ones among them.", show_default="all"),
+]
+Out = Annotated[Path, typer.Option(help="Folder for points; what is there goes on.")]
+Docs = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the page, its numbers and pictures.", show_default="that of --out"),
+]
+
 
 def speculate(
     family: Family,
-    draft: Annotated[str, typer.Option(help="Module that drafts.", show_default=False)],
-    prompts: Annotated[Path, typer.Option(help="Data that judges learn from, jsonl.", show_default=False)],
-    test: Annotated[
-        Path, typer.Option(help="Data with answers that no judge sees, jsonl.", show_default=False)
-    ],
-    held_out: Annotated[
-        Path | None, typer.Option(help="The same, told in ways nobody was trained on.", show_default="none")
-    ] = None,
-    member: Annotated[
-        str | None, typer.Option(help="Member whose row answers.", show_default="the base alone")
-    ] = None,
-    members: Annotated[
-        str | None,
-        typer.Option(
-            help="Others with the same speaker, NAME=DATA by comma: what is a judge of one worth to another?",
-            show_default="none",
-        ),
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="How answers are graded: exact, contains, command.")
-    ] = "contains",
-    tau: Annotated[
-        float | None, typer.Option(help="Threshold of scores, as in `judge`.", show_default="found")
-    ] = None,
-    items: Annotated[int, typer.Option(min=1, help="Test prompts, at most.")] = 200,
-    batches: Annotated[str, typer.Option(help="Requests at once, by comma.")] = "1,2,4,8",
-    repeats: Annotated[int, typer.Option(help="Turns of each batch; at least 5.")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="Judges.")] = 3,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 160,
-    rules: Annotated[
-        str | None,
-        typer.Option(
-            help="Rules, by comma; off, lossless and both judged ones among them.", show_default="all"
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for points; what is there goes on.")] = Path(
-        "out/bench/speculate"
-    ),
-    docs: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the page, its numbers and pictures.", show_default="that of --out"),
-    ] = None,
+    draft: Draft,
+    prompts: Prompts,
+    test: Test,
+    held_out: HeldOut = None,
+    member: Member = None,
+    members: Members = None,
+    metric: Metric = "contains",
+    tau: Tau = None,
+    items: Items = 200,
+    batches: Batches = "1,2,4,8",
+    repeats: Repeats = 5,
+    seeds: Seeds = 3,
+    max_tokens: MaxTokens = 160,
+    rules: Rules = None,
+    out: Out = Path("out/bench/speculate"),
+    docs: Docs = None,
     as_json: Json = False,
 ) -> None:
     """None, look-up, lossless, judged, and rules without training: right answers and tokens a second.
