@@ -345,7 +345,8 @@ def _transfer(wish: Measured, tell: Tell) -> dict[str, Any]:
     """A judge of every member's prompts, by what it does to the tokens of every other member with the same speaker."""
     speaker = read_family(Path(wish.family)).row(wish.member or "base").speaker
     made, tokens = {}, {}
-    for member, data in {wish.member: wish.prompts, **wish.members}.items():
+    rows: list[tuple[str | None, str]] = [(wish.member, wish.prompts), *wish.members.items()]
+    for member, data in rows:
         who = member or speaker
         tell(f"judge of {who}")
         own = _wish(wish, name=f"bench-of-{who}", member=member, data=data, prompts=wish.fewer)

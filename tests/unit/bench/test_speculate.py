@@ -25,7 +25,7 @@ def wish(
     folder = tmp_path_factory.mktemp("bench")
     family = Path(shutil.copytree(tiny_family_made, folder / "fam"))
     import_draft(family, "small", make_checkpoint(seed=5, num_hidden_layers=1))
-    data = {"prompts": str(tiny_data), "test": str(tiny_data), "held_out": str(tiny_data)}
+    data: dict[str, Any] = {"prompts": str(tiny_data), "test": str(tiny_data), "held_out": str(tiny_data)}
     return Measured(
         family=str(family),
         draft="small",
@@ -59,7 +59,12 @@ def test_a_stopped_measurement_goes_on(
     monkeypatch.setattr(speculate, "_turn", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure(wish)
-    monkeypatch.setattr(speculate, "_turn", lambda *given: (turns.append(1), plain(*given))[1])
+
+    def noting(*given: Any) -> dict[str, Any]:
+        turns.append(1)
+        return plain(*given)
+
+    monkeypatch.setattr(speculate, "_turn", noting)
     monkeypatch.setattr(speculate, "_judge", lambda *given: pytest.fail("it is measured already"))
     found = measure(wish)
     assert sum(turns[1:]) == 10 - 3

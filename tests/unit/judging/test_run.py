@@ -73,7 +73,12 @@ def test_what_was_labelled_is_not_labelled_again(
         make_judge(wish(drafted, asked_data, tau=-4.0))
     assert not (drafted / "judges").exists()
     first = list(scored)
-    monkeypatch.setattr(run, "_scored", lambda *a: (scored.append(a[1].line), plain(*a))[1])
+
+    def noting(pair: Any, question: Question, said: Said, suffix: int) -> Scored:
+        scored.append(question.line)
+        return plain(pair, question, said, suffix)
+
+    monkeypatch.setattr(run, "_scored", noting)
     whole = make_judge(wish(drafted, asked_data, tau=-4.0))
     assert sorted(scored) == list(range(1, 21)) and scored[:9] == first
     scored.clear()
@@ -142,9 +147,8 @@ def test_a_wrong_answer_is_no_measure(drafted: Path) -> None:
     pair = load_pair(drafted, "base", "small")
     prompt = pair.llm.prompt_ids("add 2 and 3")
     said = Said((5, 6, pair.llm.tokenizer.eos_ids[0]), True)
-    nothing = Scored(
-        *(torch.zeros(0, dtype=torch.int64) for _ in range(2)), torch.zeros(0), torch.zeros(0, 2)
-    )
+    none = torch.zeros(0, dtype=torch.int64)
+    nothing = Scored(none, none, torch.zeros(0), torch.zeros(0, 2))
     asked = [(Question(1, prompt, "something else"), said, nothing), (Question(2, prompt), said, nothing)]
     assert known_unacceptable(pair.llm, "base", asked, metric="exact", longest=9) == [None, []]
 
