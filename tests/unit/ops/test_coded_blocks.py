@@ -106,8 +106,8 @@ def test_a_dense_copy_is_made_once_for_the_blocks_and_for_the_loop(few: Few) -> 
     few(0)
     model = model_of("llama", torch.bfloat16, finish=inside("m1v4g32"))
     run(model, laid=True)
-    attention = model.blocks[0].self_attn
-    inner = [attention.q_proj, attention.k_proj, attention.v_proj]
+    found = coded_linears(model)
+    inner = [found[f"model.layers.0.self_attn.{name}"] for name in ("q_proj", "k_proj", "v_proj")]
     copies = [part.product.dense(torch.bfloat16) for part in inner]
     assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 1
     for part, copy in zip(inner, copies, strict=True):
