@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,16 @@ class SourceFile:
 
 
 def modules(source: Path = SOURCE) -> dict[str, SourceFile]:
-    """Every module of the package under ``source``, by dotted name."""
+    """Every module of the package under ``source``, by dotted name; the project's own are read once."""
+    return dict(_own()) if source == SOURCE else _read(source)
+
+
+@cache
+def _own() -> dict[str, SourceFile]:
+    return _read(SOURCE)
+
+
+def _read(source: Path) -> dict[str, SourceFile]:
     found = {}
     for path in sorted((source / PACKAGE).rglob("*.py")):
         parts = path.relative_to(source).with_suffix("").parts
