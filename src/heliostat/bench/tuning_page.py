@@ -41,7 +41,7 @@ def page(found: Mapping[str, Any], wish: Wish, birth: Mapping[str, Any]) -> str:
         f"`{birth['command']}`; {birth['hardware']}, {birth['threads']} threads; commit {birth['commit']}; {birth['date']}; "
         + ", ".join(f"{k} {v}" for k, v in birth["versions"].items()),
         "",
-        "How right the tuned models answer is measured by `python -m heliostat.bench.tuners`.",
+        "How right the tuned models answer: [tuners](tuners.md).",
     ]
     for again in (False, True):
         rows = [row for row in found["rows"] if row["checkpointing"] is again]

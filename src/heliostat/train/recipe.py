@@ -51,10 +51,10 @@ ANY = "*"
 DEFAULTS: Mapping[tuple[str, str], Defaults] = {
     ("independent", "full"): Defaults(1e-4, "cosine", 0.03, 0.01),
     ("independent", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
-    ("independent", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
+    ("independent", "paca"): Defaults(6e-4, "cosine", 0.03, 0.01, r=128),
     ("sun", "full"): Defaults(1e-4, "linear", 0.1, 0.0),
     ("sun", "lora"): Defaults(2e-4, "linear", 0.1, 0.0),
-    ("sun", "paca"): Defaults(2e-4, "linear", 0.1, 0.0, r=128),
+    ("sun", "paca"): Defaults(6e-4, "linear", 0.1, 0.0, r=128),
     ("prefillshare", "full"): Defaults(1e-4, "cosine", 0.03, 0.1),
     ("prefillshare", "lora"): Defaults(2e-4, "cosine", 0.03, 0.01),
     ("prefillshare", "paca"): Defaults(2e-4, "cosine", 0.03, 0.01, r=128),
