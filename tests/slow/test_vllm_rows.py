@@ -71,7 +71,7 @@ class Stand:
         if place is None:
             return False
         wish = Sampling(max_tokens=TOKENS, ignore_eos=True, logprobs=2)
-        pieces = self.llm._run([self.llm._request(prompt, member, wish, None)])
+        pieces = self.llm._run([self.llm._request(prompt, member, wish, None, None)])
         sampled = [piece.sampled for piece in pieces if piece.sampled is not None]
         (_, first), (_, second) = sampled[place].top[:2]
         self.ties += first - second < CLOSE

@@ -109,7 +109,7 @@ def same(
     compared = 0
     for (member, prompt, count), ids in zip(jobs, found, strict=True):
         wish = Sampling(max_tokens=count, ignore_eos=True, logprobs=2)
-        requests = [served.llm._request(list(prompt), member, wish, None)]
+        requests = [served.llm._request(list(prompt), member, wish, None, None)]
         gaps, wanted = [], []
         for piece in served.llm._run(requests):
             assert piece.sampled is not None

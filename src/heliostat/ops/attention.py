@@ -31,8 +31,10 @@ def attention(
         # torch's fused kernel on a CPU (2.13, avx512_bf16) is slower in bfloat16 than in float32: a little in long
         # forwards, 3-5 times in backwards and in decode steps of few queries. Copying to float32 costs less.
         with torch.autocast("cpu", enabled=False):
-            run = _with_sinks if sinks is None or torch.compiler.is_compiling() else _with_summed_sinks
-            return run(q.float(), k.float(), v.float(), mask, causal, sinks).to(dtype)
+            q, k, v = q.float(), k.float(), v.float()
+            if sinks is None or torch.compiler.is_compiling():
+                return _with_sinks(q, k, v, mask, causal, sinks).to(dtype)
+            return _with_summed_sinks(q, k, v, mask, causal, sinks).to(dtype)
     return _with_sinks(q, k.to(dtype), v.to(dtype), mask, causal, sinks)
 
 

@@ -228,7 +228,9 @@ def test_compiled_mixing_is_its_twin(
     prefix = Prefix(numbers.shape[1], numbers)
     plain = run(lambda said, v, mix: mix.finish(said, prefix(v), prefix.seen))
     found = run(lambda said, v, mix: mixing_taped.finish(said, v, mix, numbers))
-    rough = {"rtol": 2e-2, "atol": 2e-2} if narrow is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    rough: dict[str, Any] = (
+        {"rtol": 2e-2, "atol": 2e-2} if narrow is torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    )
     for got, want in zip(found, plain, strict=True):
         assert got.dtype is want.dtype
         torch.testing.assert_close(got, want, **rough)

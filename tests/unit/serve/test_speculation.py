@@ -84,7 +84,12 @@ def test_streams_and_choices_add_up(serving: Serving, path: str) -> None:
 def test_the_other_dialect_tells_it_too(serving: Serving) -> None:
     async def work() -> None:
         async with serving(wanted=DRAFT) as served:
-            asked = {"model": "base", "input": "add 2 and 3", "temperature": 0, "max_output_tokens": 12}
+            asked: dict[str, Any] = {
+                "model": "base",
+                "input": "add 2 and 3",
+                "temperature": 0,
+                "max_output_tokens": 12,
+            }
             plain = await served.post("/v1/responses", speculation="off", **asked)
             drafted = await served.post("/v1/responses", **asked)
             assert drafted["output"][0]["content"] == plain["output"][0]["content"]
@@ -167,7 +172,7 @@ def test_a_judge_scores_and_thresholds_are_named(serving: Serving, tiny_family: 
 
     async def work() -> None:
         async with serving(family=tiny_family, wanted=wanted) as served:
-            asked = {"temperature": 1.5, "seed": 2, "max_tokens": 30}
+            asked: dict[str, Any] = {"temperature": 1.5, "seed": 2, "max_tokens": 30}
             plain = await served.chat(speculation="off", **asked)
             for strict in ("judged", "judged:inf"):
                 reply = await served.chat(speculation=strict, **asked)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_nobody_a_look_up_or_a_module(family: Path) -> None:
 
 
 def test_answers_are_the_same_with_a_module_of_another_shape(family: Path) -> None:
-    asked = {"max_tokens": 20, "ignore_eos": True}
+    asked: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
     plain = LLM(family, dtype="float32").generate("hello world", **asked)[0]
     llm = LLM(family, dtype="float32", draft="small", adaptive=False)
     drafted, off = (
