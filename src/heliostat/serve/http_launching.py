@@ -32,8 +32,6 @@ class Common:
     max_running: int
     cache: int
     """MiB for pages, where a place does not say how much memory it has."""
-    key: str
-    """That the servers want; empty: none."""
     fits: Mapping[int, str]
     """By degree of tensor parallelism: pages of one degree mean nothing to another."""
     hosted: Mapping[str, Hosted]
@@ -70,7 +68,6 @@ def common_of(cluster: Cluster, family: Family, means: Means, *, write: bool) ->
         max_length=most,
         max_running=means.max_running,
         cache=means.cache_mib,
-        key=_key(terms),
         fits=fits,
         hosted=prepared(folder, family, [*weights, *names]) if write else {},
         zeros={name: zero_adapter(folder, family, name) for name in riding} if write else {},
@@ -78,7 +75,8 @@ def common_of(cluster: Cluster, family: Family, means: Means, *, write: bool) ->
     )
 
 
-def _key(terms: Terms) -> str:
+def key_of(terms: Terms) -> str:
+    """The key that the servers want, out of the environment; empty: none. Refused where it is not there."""
     if terms.key_env is None:
         return ""
     if not (found := os.environ.get(terms.key_env, "")):

@@ -25,7 +25,7 @@ from heliostat.serve.cluster import Cluster, Place
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.http_facts import Expected
 from heliostat.serve.http_keeper import Kept, spawn
-from heliostat.serve.http_launching import KEPT, Common, common_of, cores_of, launch_of
+from heliostat.serve.http_launching import KEPT, Common, common_of, cores_of, key_of, launch_of
 from heliostat.serve.http_layout import Server, servers_of
 from heliostat.serve.http_line import HttpLine
 from heliostat.serve.http_watch import PATIENCE
@@ -102,7 +102,8 @@ class Servers:
         self._common, self._servers, self._tokenizer, self._log = common, servers, tokenizer, log
         self._folder = Path(tempfile.mkdtemp(prefix="heliostat-"))
         # Ports of the loopback are everybody's on this machine.
-        self._key = common.key or secrets.token_urlsafe(24)
+        self._agreed = key_of(common.terms)
+        self._key = self._agreed or secrets.token_urlsafe(24)
         self._kept = f"{KEPT}-{os.getpid()}-{secrets.token_hex(4)}"
         here = [server.place for server in servers.values() if server.place.url is None]
         self._cores = cores_of(here)
@@ -141,7 +142,7 @@ class Servers:
             raise
 
     async def _reach(self, url: str, expected: Expected, process: Popen[bytes] | None) -> Served:
-        key, patience = (self._common.key, PATIENCE) if process is None else (self._key, SILENT)
+        key, patience = (self._agreed, PATIENCE) if process is None else (self._key, SILENT)
         worker = HttpWorker(HttpLine(url, key=key), expected, self._tokenizer, patience=patience)
         told = asyncio.get_running_loop().time() + PATIENCE
         try:

@@ -4,7 +4,8 @@ import pytest
 
 from heliostat.errors import Refused
 from heliostat.family import Family, Module, Row
-from heliostat.serve.cluster import DECODE, PREFILL, Cluster, Place, laid_out
+from heliostat.serve.cluster import DECODE, PREFILL, Cluster, Place, Terms, laid_out
+from heliostat.serve.http_launching import key_of
 from heliostat.serve.http_layout import groups_of, servers_of, with_modules
 
 
@@ -111,3 +112,12 @@ def test_places_that_name_modules_keep_them() -> None:
     )
     made = with_modules(Cluster(places), FAMILY, {"x": OWN_PROMPT, "y": OWN_ANSWER})
     assert [p.modules for p in made.places] == [("f",), ("base",), ("base", "a")]
+
+
+def test_the_key_of_servers_comes_from_the_environment_or_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert key_of(Terms()) == ""
+    monkeypatch.setenv("SOME_KEY", "k")
+    assert key_of(Terms(key_env="SOME_KEY")) == "k"
+    monkeypatch.delenv("SOME_KEY")
+    with pytest.raises(Refused, match="'SOME_KEY', and no such variable is set here"):
+        key_of(Terms(key_env="SOME_KEY"))
