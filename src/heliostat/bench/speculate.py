@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,14 @@ def measure(wish: Measured, *, tell: Tell = lambda line: None) -> dict[str, Any]
     begin = time.perf_counter()
     for seed in range(wish.seeds):
         tell(f"judge {seed}")
-        points(f"judge/{seed}", lambda seed=seed: _judge(wish, seed))  # type: ignore[misc]
+        points(f"judge/{seed}", partial(_judge, wish, seed))
     _answers(wish, points, tell)
     _speeds(wish, points, tell)
     tell("the judge's share")
     points("judge_seconds", lambda: _judge_seconds(wish))
     for suffix in wish.suffixes:
         tell(f"suffix {suffix}")
-        points(f"suffix/{suffix}", lambda suffix=suffix: _other(wish, f"n{suffix}", suffix=suffix))  # type: ignore[misc]
+        points(f"suffix/{suffix}", partial(_other, wish, f"n{suffix}", suffix=suffix))
     tell("labels by result")
     if wish.tau is None:
         points("by_result", lambda: _other(wish, "by-result", labels="result"))
@@ -256,7 +257,7 @@ def _answers(wish: Measured, points: Points, tell: Tell) -> None:
                 tell(f"answers by {rule}, {name}, seed {seed}")
                 points(
                     f"answers/{seed}/{rule}/{name}",
-                    lambda rule=rule, name=name, llm=llm: _graded(wish, llm, rule, sets[name]),  # type: ignore[misc]
+                    partial(_graded, wish, llm, rule, sets[name]),
                 )
 
 
@@ -304,7 +305,7 @@ def _speeds(wish: Measured, points: Points, tell: Tell) -> None:
             first = again * wish.calls % max(1, len(records) - 2 * wish.calls + 1)
             part = records[first : first + wish.calls]
             tell(f"speed at batch {batch}, {again + 1} of {wish.repeats}")
-            points(f"speed/{batch}/{again}", lambda part=part, batch=batch: _turn(wish, llms, part, batch))  # type: ignore[misc]
+            points(f"speed/{batch}/{again}", partial(_turn, wish, llms, part, batch))
 
 
 def _turn(wish: Measured, llms: dict[str, LLM], records: Sequence[Record], batch: int) -> dict[str, Any]:
