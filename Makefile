@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard src/heliostat
 demo: $(STAMP)  ## one task, every sharing, tables and out/demo/report.html
 	$(BIN)/heliostat demo
 
-test: lint types  ## what CI runs: lint, types and all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test: lint  ## what CI runs: lint, types (beside the tests) and all tests but the slow ones
+	$(BIN)/mypy & types=$$!; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; \
+	  wait $$types && exit $$tests
 
 test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients, a browser, a soak, sanitizers
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,20 +85,30 @@ NAMES = frozenset(
 )
 
 
-def roads_to_mechanism(start: str, known: Mapping[str, SourceFile]) -> list[str]:
+def roads_to_mechanism(start: str, graph: Mapping[str, set[str]]) -> list[str]:
     """``a -> b -> torch`` for each way in which a module reaches a library of tensors by what it imports."""
     found: list[str] = []
     seen: set[str] = {start}
     waiting: list[tuple[str, ...]] = [(start,)]
     while waiting:
         road = waiting.pop()
-        for target in sorted(imports(known[road[-1]], known)):
+        for target in sorted(graph[road[-1]]):
             if target.partition(".")[0] in MECHANISM:
                 found.append(" -> ".join((*road, target)))
-            elif target in known and target not in seen:
+            elif target in graph and target not in seen:
                 seen.add(target)
                 waiting.append((*road, target))
     return found
+
+
+def graph_of(known: Mapping[str, SourceFile]) -> dict[str, set[str]]:
+    """What each module imports."""
+    return {name: imports(file, known) for name, file in known.items()}
+
+
+@cache
+def own_graph() -> dict[str, set[str]]:
+    return graph_of(modules())
 
 
 def words(text: str) -> Iterator[str]:
@@ -130,7 +141,7 @@ def test_the_policy_files_are_where_they_were() -> None:
 
 @pytest.mark.parametrize("module", POLICY)
 def test_policy_reaches_no_library_of_tensors(module: str) -> None:
-    assert roads_to_mechanism(module, modules()) == []
+    assert roads_to_mechanism(module, own_graph()) == []
 
 
 def test_policy_runs_without_any_library_of_tensors_being_loaded() -> None:
@@ -150,7 +161,7 @@ def test_a_library_of_tensors_is_found_behind_other_modules(tmp_path: Path, line
     known = written(
         tmp_path, {"family.py": "import heliostat.a", "a.py": "from heliostat.b import x", "b.py": line}
     )
-    (road,) = roads_to_mechanism("heliostat.family", known)
+    (road,) = roads_to_mechanism("heliostat.family", graph_of(known))
     assert road.startswith("heliostat.family -> heliostat.a -> heliostat.b -> ")
 
 
@@ -158,7 +169,7 @@ def test_libraries_without_tensors_and_their_namesakes_are_not(tmp_path: Path) -
     known = written(
         tmp_path, {"family.py": "import os, torchless\nfrom heliostat.a import torch", "a.py": ""}
     )
-    assert roads_to_mechanism("heliostat.family", known) == []
+    assert roads_to_mechanism("heliostat.family", graph_of(known)) == []
 
 
 @pytest.mark.parametrize(

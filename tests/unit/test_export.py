@@ -164,7 +164,7 @@ def reproduce(folders: list[Path], base: Path, prompts: list[str]) -> list[list[
     return [lines[i * size : (i + 1) * size] for i in range(len(folders))]
 
 
-@pytest.mark.parametrize("template", [True, False])
+@pytest.mark.parametrize("template", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_script_beside_a_member_says_what_the_member_says(
     template: bool, tiny_base: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

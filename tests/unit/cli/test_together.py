@@ -44,6 +44,7 @@ def test_a_failure_of_another_process_is_told_and_ends_the_rest(
     assert together.start(2, []) != 0
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once(bare_family: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["train", str(bare_family), "--member", "m", "--sharing", "sun", "--data", "nowhere.jsonl"]
     assert together.start(2, words) == 2

@@ -59,6 +59,7 @@ def values(folder: Path, name: str, count: int, **options: Any) -> dict[str, Any
     }
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path: Path) -> None:
     text = "\n\n".join(f"{a} and {b} is {a + b}" for a in range(20) for b in range(9))
     (tmp_path / "text.txt").write_text(text)

@@ -144,6 +144,7 @@ if os.environ["RANK"] == "1":
 """
 
 
+@pytest.mark.slow
 def test_the_first_process_chooses_the_columns_for_all(bare_family: Path, tiny_data: Path) -> None:
     """The second one would choose the very opposite: it does not come to that."""
     options = {"sharing": "independent", "tuner": "paca", "columns": "norm", "data_parallel": "ddp", "r": 4}
