@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ import pytest
 # Before torch is loaded, here and in the processes that tests start: toys gain nothing from threads, and on a
 # busy machine threads that wait for each other make them many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Ctrl-C is Ctrl-C for every test, whatever the shell or a test before has made of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 TEXTS = ["add 2 and 3", "the answer is 5", "say hello to the world", "one two three four five six seven"]
 SHAPE = {
