@@ -1,8 +1,9 @@
 """What ``heliostat bench speculate`` is run on: data of worked answers, a target, a draft of a tenth of its size, a family.
 
-``python -m heliostat.bench.speculate_stand --out out/speculate`` makes it in minutes: the target is the embedded base tuned
-on the task, the draft is trained from scratch with the same tokenizer; two members that share the target's decoding are
-there to see what a judge of one is worth to another. What is there already is left; a killed run goes on.
+``python -m heliostat.bench.speculate_stand --out out/speculate`` makes it in an hour on one core: the target is the embedded
+base, grown to ten times its size and tuned on the task; the draft is trained from scratch with the same tokenizer; two members
+that share the target's decoding are there to see what a judge of one is worth to another. What is there already is left; a
+killed run goes on.
 """
 
 from __future__ import annotations
@@ -11,48 +12,52 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from heliostat.bench.grown import grow
 from heliostat.build import init_family, read_family
 from heliostat.export import export_member, import_draft
 from heliostat.files import atomic_write_text
 from heliostat.tasks.worked import HELD_OUT, WORKED
+from heliostat.train.job import Job
 from heliostat.train.pretrain import pretrain
 from heliostat.train.pretrain_recipe import PretrainRecipe
 from heliostat.train.recipe import Recipe
 from heliostat.train.spellings import make_recipe
 from heliostat.train.tune import tune
-from heliostat.train.watch import Bar, Silent
+from heliostat.train.watch import Bar
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "base"
 TARGET, DRAFT, FAMILY = "worked", "small", "family"
 MEMBERS = {"told": WORKED, "retold": HELD_OUT}
 """Members that share the target's decoding, by what their prompts are."""
 LEARNED, PROMPTS, TESTED = 40_000, 400, 200
+GROWN = {"width": 384, "layers": 7, "mlp_width": 1152}
+"""The target's shape: 12.8 million parameters."""
 TUNED: dict[str, Any] = {
     "per_device_train_batch_size": 16,
-    "learning_rate": 1.5e-3,
+    "learning_rate": 1e-3,
     "max_length": 256,
     "seed": 1,
 }
 DRAWN: dict[str, Any] = {
     "vocab_size": 1024,
-    "hidden_size": 48,
-    "num_hidden_layers": 3,
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 144,
+    "intermediate_size": 384,
     "max_position_embeddings": 512,
     "max_length": 256,
     "per_device_train_batch_size": 8,
-    "learning_rate": 6e-3,
+    "learning_rate": 4e-3,
     "warmup_ratio": 0.03,
     "decay_ratio": 0.35,
     "seed": 1,
 }
-"""The draft's shape and schedule."""
+"""The draft's shape, the embedded base's own, and schedule."""
 
 
 def write_data(folder: Path) -> dict[str, Path]:
@@ -72,17 +77,23 @@ def write_data(folder: Path) -> dict[str, Path]:
     return paths
 
 
+def _bar(what: str, steps: int) -> Bar:
+    return Bar(steps, what=what, as_json=not sys.stderr.isatty())
+
+
 def make_target(folder: Path, data: Path, steps: int) -> Path:
-    """The embedded base, all of it tuned on worked answers."""
-    out, family = folder / "target", folder / "tuning"
+    """The embedded base, grown, and all of it tuned on worked answers."""
+    out, family, grown = folder / "target", folder / "tuning", folder / "grown"
     if out.exists():
         return out
+    if not grown.exists():
+        grow(EMBEDDED, grown, **GROWN)
     if not family.exists():
-        init_family(family, EMBEDDED)
+        init_family(family, grown)
     if TARGET not in read_family(family).members:
         asked = {"family": str(family), "member": TARGET, "sharing": "independent", "tuner": "full"}
         recipe = make_recipe(Recipe, {**asked, "data": str(data), "max_steps": steps, **TUNED})
-        tune(recipe, watching=lambda job: Bar(job.steps, what="target"))
+        tune(recipe, watching=lambda job: _bar("target", job.steps))
     return export_member(family, TARGET, out)
 
 
@@ -92,8 +103,12 @@ def make_draft(folder: Path, data: Path, steps: int) -> Path:
     if not out.exists():
         wanted = {"output_dir": str(out), "data": str(data), "tokenizer": str(EMBEDDED), "max_steps": steps}
         recipe = make_recipe(PretrainRecipe, {**wanted, **DRAWN})
-        pretrain(recipe, watching=lambda settled: Bar(settled.max_steps, what="draft"))
+        pretrain(recipe, watching=lambda settled: _bar("draft", settled.max_steps))
     return out
+
+
+def _watch(what: str, job: Job) -> Bar:
+    return _bar(what, job.steps)
 
 
 def make_members(family: Path, data: dict[str, Path], steps: int) -> None:
@@ -109,8 +124,7 @@ def make_members(family: Path, data: dict[str, Path], steps: int) -> None:
             "data": str(data[name]),
         }
         recipe = make_recipe(Recipe, {**asked, **TUNED, "max_steps": steps, "learning_rate": 3e-4})
-        bar = Bar(steps, what=name) if sys.stderr.isatty() else nullcontext(Silent())
-        tune(recipe, watching=lambda job, bar=bar: bar)  # type: ignore[misc]
+        tune(recipe, watching=partial(_watch, name))
 
 
 def make_stand(
