@@ -1,4 +1,4 @@
-"""A larger model grown from a smaller one that gives the same answers at first: where hours are too few to train it from nothing."""
+"""A larger model grown from a smaller one, with the same answers at first: for where hours are few to train it from nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from heliostat.errors import Refused
 from heliostat.files import atomic_directory, atomic_write_text, read_json
 from heliostat.model.config import ModelConfig, config_json, read_config
-from heliostat.model.weights import read_tensors, save_checkpoint, weight_files
+from heliostat.model.weights import INDEX, read_tensors, save_checkpoint, weight_files
 
 SPREAD = 0.02
 """Standard deviation of new weights."""
@@ -22,8 +22,9 @@ WRITERS = ("o_proj", "down_proj")
 
 
 def grow(source: Path, target: Path, *, width: int, layers: int, mlp_width: int, seed: int = 0) -> Path:
-    """Write a checkpoint of the wider and deeper shape that computes what ``source`` does, up to rounding; heads grow with the width.
+    """Write a checkpoint of the wider and deeper shape that computes what ``source`` does, up to rounding.
 
+    Heads grow with the width.
     New channels of the residual stream are zero until somebody writes to them; new heads, new neurons and new blocks (copies
     of the one before) read, and write nothing. All of them have gradients from the first steps on. Raises Refused for
     a shape that is not larger, or an architecture other than plain Llama.
@@ -47,8 +48,8 @@ def grow(source: Path, target: Path, *, width: int, layers: int, mlp_width: int,
         save_checkpoint(
             partial, dict(sorted(grown.items())), read_json(source / "config.json") | config_json(new)
         )
-        for file in sorted(source.glob("*.json*")):
-            if file.name != "config.json" and not file.name.endswith("index.json"):
+        for file in sorted(source.iterdir()):
+            if file.suffix in (".json", ".jinja") and file.name not in ("config.json", INDEX):
                 atomic_write_text(partial / file.name, file.read_text(encoding="utf-8"))
     return target
 

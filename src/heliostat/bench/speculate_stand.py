@@ -1,9 +1,9 @@
 """What ``heliostat bench speculate`` is run on: data of worked answers, a target, a draft of a tenth of its size, a family.
 
-``python -m heliostat.bench.speculate_stand --out out/speculate`` makes it in an hour on one core: the target is the embedded
-base, grown to ten times its size and tuned on the task; the draft is trained from scratch with the same tokenizer; two members
-that share the target's decoding are there to see what a judge of one is worth to another. What is there already is left; a
-killed run goes on.
+``python -m heliostat.bench.speculate_stand --out out/speculate`` makes it in half an hour on one core: the target is the
+embedded base, grown to ten times its size and tuned on the task; the draft is trained from scratch with the same tokenizer;
+two members that share the target's decoding are there to see what a judge of one is worth to another. What is there already
+is left; a killed run goes on.
 """
 
 from __future__ import annotations
