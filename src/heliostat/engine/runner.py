@@ -90,26 +90,29 @@ class Runner:
         model = self.models[each.weights]
         if self.graphs is not None and (hidden := self.graphs.run(model, each)) is not None:
             return hidden
-        seam = self._seam(each, model.dtype)
         route = [(segment.adapter, segment.start, segment.stop) for segment in each.segments]
-        return model(self._tensor(each.tokens), self._tensor(each.positions), seam, route)
+        laid = native.attends(self.pool.keys) and model.dtype == self.pool.keys.dtype
+        ragged = self._ragged(each.entries) if laid else ()
+        lists = (each.tokens, each.positions, each.write_rows, each.write_slots, *ragged)
+        ids, positions, writes, slots, *where = self._tensors(lists)
+        seam = partial(Paged, self.pool, writes=writes, slots=slots, running=partial(self._running, each))
+        if not laid:
+            return model(ids, positions, seam(ask=self._ask(each.entries)), route)
+        entries = native.Ragged(*where)
+        filled = self._filled(each) if self.pool.sums.numel() else None
+        together = Laid(self.pool.keys, self.pool.values, writes, slots, entries, self.pool.sums, filled)
+        return model(ids, positions, seam(ask=partial(native.attend, entries=entries), laid=together), route)
 
     def changed(self) -> None:
         """Modules have come or gone."""
         if self.graphs is not None:
             self.graphs.forget()
 
-    def _seam(self, each: Pass, dtype: torch.dtype) -> Paged:
-        """With the fastest attention over pages that there is here for queries of ``dtype``."""
-        writes, slots = self._tensor(each.write_rows), self._tensor(each.write_slots)
-        seam = partial(Paged, self.pool, writes=writes, slots=slots, running=partial(self._running, each))
-        if not (native.attends(self.pool.keys) and dtype == self.pool.keys.dtype):
-            return seam(ask=self._ask(each.entries))
-        entries = self._ragged(each.entries)
-        pairs = [pair for before, run in each.filled for pair in zip((before, *run), run, strict=False)]
-        filled = self._tensor(pairs) if self.pool.sums.numel() else None
-        laid = Laid(self.pool.keys, self.pool.values, writes, slots, entries, self.pool.sums, filled)
-        return seam(ask=partial(native.attend, entries=entries), laid=laid)
+    def _filled(self, each: Pass) -> Tensor:
+        """Pages that the pass fills, each behind the one before it."""
+        return self._tensor(
+            [pair for before, run in each.filled for pair in zip((before, *run), run, strict=False)]
+        )
 
     def _running(self, each: Pass) -> Running:
         size, entries = self.pool.keys.shape[2], [(e.rows, e.pages, e.visible) for e in each.entries]
@@ -134,16 +137,17 @@ class Runner:
         ]
         return RowPages(self._tensor(pages), self._tensor([rows[row][1] for row in sorted(rows)]))
 
-    def _ragged(self, entries: Sequence[Entry]) -> native.Ragged:
+    def _ragged(self, entries: Sequence[Entry]) -> tuple[Sequence[int], ...]:
+        """What ``native.Ragged`` is made of."""
         counts = [len(entry.rows) for entry in entries]
         size = self.pool.keys.shape[2]
         pages = [entry.pages[: -(-max(entry.visible) // size)] for entry in entries]
-        return native.Ragged(
-            rows=self._tensor(list(chain.from_iterable(entry.rows for entry in entries))),
-            visible=self._tensor(list(chain.from_iterable(entry.visible for entry in entries))),
-            starts=self._tensor([0, *accumulate(counts)]),
-            pages=self._tensor(list(chain.from_iterable(pages))),
-            page_starts=self._tensor([0, *accumulate(map(len, pages))][:-1]),
+        return (
+            list(chain.from_iterable(entry.rows for entry in entries)),
+            list(chain.from_iterable(entry.visible for entry in entries)),
+            [0, *accumulate(counts)],
+            list(chain.from_iterable(pages)),
+            [0, *accumulate(map(len, pages))][:-1],
         )
 
     def _group(self, entries: Sequence[Entry]) -> PagedGroup:
@@ -157,6 +161,11 @@ class Runner:
         rows, visible = [entry.rows for entry in entries], [entry.visible for entry in entries]
         written = min(map(max, visible))
         return PagedGroup(self._tensor(rows), self._tensor(pages), self._tensor(visible), written)
+
+    def _tensors(self, lists: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """All in one: making a tensor takes longer than filling it."""
+        flat = self._tensor(list(chain.from_iterable(lists)))
+        return flat.split([len(some) for some in lists])
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

@@ -28,7 +28,7 @@ from heliostat.ops.gate import gated
 from heliostat.ops.mixing import Mix
 from heliostat.ops.native.blocks import LINEARS, Blocks, Extras, Weights
 from heliostat.ops.norm import rms_norm
-from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
+from heliostat.ops.rope import Turned, cos_sin, inverse_frequencies, rotate
 
 
 class Attend(Protocol):
@@ -225,12 +225,14 @@ class Transformer(nn.Module):
         self.checkpointing = False
         self.at_once: Blocks | ByRows | None = None
         """All blocks in one call, for passes over pages (``join``); the loop is its twin."""
+        self.turned: Turned | None = None
         self.wardrobe = Wardrobe()
         self.model = Decoder(config)
         self.lm_head = Linear(config.width, config.vocabulary, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.angle_scale = inverse_frequencies(config.rope, config.head_width)[1]
+        self.frequencies: Tensor
         self.register_buffer("frequencies", self.rotary(config), persistent=False)
 
     @staticmethod
@@ -251,18 +253,18 @@ class Transformer(nn.Module):
         ``tape``: which branches carry gradient; all where it is left out. What is computed is the same.
         """
         x = self.model.embed_tokens(ids)
-        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
-        angles = cos_sin(positions, frequencies, self.angle_scale, x.dtype)
         laid = getattr(attend, "laid", None)
         worn = self.wardrobe(route, self._linears, x.dtype, rows=x.shape[0]) if laid is not None else None
         if (
             laid is not None
             and worn is not None
             and self.at_once is not None
+            and self.turned is not None
             and self.at_once.serves(x, laid)
         ):
-            self.at_once(x, angles, laid, worn)
+            self.at_once(x, self.turned(positions, x.dtype), laid, worn)
             return self.model.norm(x)
+        angles = cos_sin(positions, self.frequencies, self.angle_scale, x.dtype)
         again = self.checkpointing and torch.is_grad_enabled()
         for layer, block in enumerate(self.model.layers):
             x = block(x, angles, attend, route, tape[layer] if tape else BOTH, again)
@@ -281,6 +283,7 @@ class Transformer(nn.Module):
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
         if native.built() and self.device.type == "cpu":
             self.at_once = self.at_once or self._blocks_at_once()
+            self.turned = self.turned or Turned(self.frequencies, self.angle_scale)
 
     def _blocks_at_once(self) -> Blocks | ByRows:
         blocks, config = (

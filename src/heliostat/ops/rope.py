@@ -82,6 +82,22 @@ def cos_sin(
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
+class Turned:
+    """``cos_sin`` looked up: for passes of few rows, where computing them takes as long as a block does."""
+
+    def __init__(self, frequencies: Tensor, scale: float) -> None:
+        self._asked = frequencies, scale
+        self._cos = self._sin = frequencies.new_empty(0)
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, D] of ``positions`` [T]; no gradient passes. The table grows to twice what was asked for."""
+        longest = int(positions.max())
+        if longest >= len(self._cos) or self._cos.dtype != dtype:
+            size = 1 << (longest + 1).bit_length()
+            self._cos, self._sin = cos_sin(torch.arange(size), *self._asked, dtype)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads ``x`` [..., heads, D] by the angles of their positions; x itself may be changed."""
     if x.dim() == 3 and native.ready(x) and x[0].is_contiguous() and x.dtype == cos.dtype:

@@ -80,7 +80,7 @@ class Stream:
     def run(self, block: Block, place: int) -> Tensor:
         """What the block makes of the batch at ``place``."""
         ids = slice(place * ROWS, (place + 1) * ROWS)
-        frequencies: Tensor = self.model.frequencies  # type: ignore[assignment]
+        frequencies = self.model.frequencies
         angles = cos_sin(self.rows.positions[ids], frequencies, self.model.angle_scale, torch.float32)
         return block(self.x[place], angles, Masked.documents(self.rows.documents[ids]), None)
 

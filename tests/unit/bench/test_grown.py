@@ -43,7 +43,9 @@ def test_every_new_part_learns_after_two_steps(tiny_base: Path, tmp_path: Path) 
     ids = torch.randint(0, model.config.vocabulary, (2, 20), generator=torch.Generator().manual_seed(1))
     for _ in range(3):  # writers first, then what they write from
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            logits(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
         loss.backward()
         optimizer.step()
     for name, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from heliostat.ops.rope import cos_sin, inverse_frequencies, rotate
+from heliostat.ops.rope import Turned, cos_sin, inverse_frequencies, rotate
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 KINDS: list[dict[str, Any]] = [
@@ -79,3 +79,23 @@ def test_rotation_keeps_lengths_and_position_zero_turns_nothing() -> None:
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     torch.testing.assert_close(turned[0], x[0])
     assert cos_sin(torch.arange(5), frequencies, scale, torch.bfloat16)[0].dtype is torch.bfloat16
+
+
+def test_angles_looked_up_are_those_computed_as_far_as_anybody_asks() -> None:
+    frequencies, scale = inverse_frequencies(
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10_000.0},
+        8,
+    )
+    turned = Turned(frequencies, scale)
+    for positions, dtype in (
+        ([0], torch.float32),
+        ([5, 3, 5], torch.float32),
+        ([4095], torch.bfloat16),
+        ([7], torch.float32),
+    ):
+        where = torch.tensor(positions)
+        for found, computed in zip(
+            turned(where, dtype), cos_sin(where, frequencies, scale, dtype), strict=True
+        ):
+            assert found.dtype is dtype
+            torch.testing.assert_close(found, computed)
