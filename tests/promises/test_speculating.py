@@ -20,7 +20,7 @@ from heliostat.engine.paged import PagePool
 from heliostat.engine.request import Request, Sampling
 from heliostat.engine.runner import Runner
 from heliostat.engine.speculation.drafting import OnOwnPages, Speech
-from heliostat.engine.speculation.rule import LOSSLESS, Rule
+from heliostat.engine.speculation.rule import LOSSLESS, Rule, parse_rule
 from heliostat.engine.speculation.speculator import Drafting
 from heliostat.family import Row
 from heliostat.model.config import read_config
@@ -274,6 +274,32 @@ def test_answers_by_a_schema_are_those_without_drafts(
         drafted.ask(wish)
     same(exactness, drafted.run(), plain.run())
     assert any(request.finish_reason == "stop" for request in drafted.requests)
+
+
+@pytest.mark.parametrize("rule", ["entropy:0.01:2", "topk:5", "kl:9"])
+def test_rules_that_take_other_tokens_stay_within_the_schema(
+    rule: str, modules: dict[str, Loaded], draftings: dict[str, Drafting], tokenizer: Tokenizer
+) -> None:
+    """What a rule only looked at, the grammar has not read."""
+    text = {"type": "string", "maxLength": 30}
+    schema = {
+        "type": "object",
+        "properties": {"a": text, "b": {"enum": ["xx", "yy"]}},
+        "required": ["a", "b"],
+    }
+    grammars = Grammars(tokenizer)
+    asking = Asking(make_engine(modules, tokenizer, drafting=draftings["close"]), grammars)
+    for heat in (0.0, 1.0):
+        for seed in range(6):
+            sampling = Sampling(max_tokens=80, temperature=heat, seed=seed)
+            asking.ask(Wish(Row("a", "a", "a", "a"), (5, 6, 7, seed), sampling, parse_rule(rule), schema))
+    asking.run()
+    assert sum(request.speculated.judged for request in asking.requests) > 0
+    for request in asking.requests:
+        fresh = grammars.matcher(schema)
+        for place, token in enumerate(request.answer):
+            bits = fresh.allowed(request.answer[:place])
+            assert bits[token // 8] >> token % 8 & 1, (request.id, place)
 
 
 @pytest.mark.parametrize("draft", ["ngram", "twin", "close"])

@@ -1,4 +1,4 @@
-"""A larger model grown from a smaller one, with the same answers at first: for want of the hours to train it from nothing."""
+"""A larger model grown from a smaller one, with the same answers at first: for want of hours to train it from nothing."""
 
 from __future__ import annotations
 

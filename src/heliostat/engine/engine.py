@@ -275,9 +275,12 @@ class Engine:
         if broken:
             self.scheduler.abandon(step)
             self._refuse_broken(list(broken))
-        if self.speculator is not None:
-            self.speculator.note(step, turns)
-        return self._commit(step, turns)
+        if self.speculator is None:
+            return self._commit(step, turns)
+        self.speculator.note(turns)
+        pieces = self._commit(step, turns)
+        self.speculator.end(step, turns)
+        return pieces
 
     def _forward(
         self, step: Step, drafts: Mapping[str, Drafted]

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from heliostat.errors import Refused
@@ -96,26 +97,32 @@ class Matcher:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self._read = 0  # tokens of the answer that the grammar has seen
+        self._read: list[int] = []  # tokens that the grammar has seen
 
     def allowed(self, answer: Sequence[int]) -> bytes:
         """One bit a token, the lowest first: those that may follow ``answer``.
 
-        It grows, or comes back to a beginning of what was asked about last. End tokens are among them exactly where the
-        answer is whole. Refused where the grammar cannot go on.
+        It grows, or parts from what was asked about last. End tokens are among them exactly where the answer is whole.
+        Refused where the grammar cannot go on.
         """
         # Read only now: a step that was abandoned, or replayed after preemption, never advances it twice.
-        if self._read > len(
-            answer
-        ):  # drafted tokens, of a step that was abandoned, or that were only looked at
-            self._inner.rollback(self._read - len(answer))
-            self._read = len(answer)
-        new, self._read = list(answer[self._read :]), len(answer)
+        asked = list(answer)
+        same = _shared(self._read, asked)
+        if same < len(self._read):  # drafted tokens that were only looked at, or of a step that was abandoned
+            self._inner.rollback(len(self._read) - same)
+        new, self._read = asked[same:], asked
         if self._inner.consume_tokens(new):
             bits: bytes = self._inner.compute_bitmask()
         if self._inner.is_error():
             raise Refused(f"the answer cannot go on by its schema: {_first_line(self._inner.get_error())}")
         return bits
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    if other[: len(one)] == one:
+        return len(one)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _checked(schema: Mapping[str, Any]) -> str:

@@ -31,9 +31,6 @@ class Drafted:
 class Draft(Protocol):
     """One way to draft. ``most`` and ``prepare`` are called before a step is scheduled, ``draft`` before it runs."""
 
-    passes: bool
-    """Whether it runs passes, one for each token."""
-
     def most(self, request: Request, count: int) -> int:
         """How many tokens, at most ``count``, it could draft for a request that decodes."""
 
@@ -49,8 +46,6 @@ class Draft(Protocol):
 
 class LookUp:
     """Drafts what followed the same tokens earlier in the text."""
-
-    passes = False
 
     def __init__(self) -> None:
         self._texts: dict[str, Index] = {}
@@ -87,8 +82,8 @@ class Speech:
     eos: Sequence[int]
     tokens: int
     """Token ids that the speaker knows; a draft's further ones are never said."""
-    note: Callable[[int, float], None] = lambda requests, seconds: None
-    """Told how long a pass for so many requests took."""
+    note: Callable[[float], None] = lambda seconds: None
+    """Told how long a pass took."""
     clock: Callable[[], float] = lambda: 0.0
 
     def speak(self, turns: Sequence[Turn]) -> dict[str, Drafted]:
@@ -105,7 +100,7 @@ class Speech:
                     drafted.logits.append(row)
                 drafted.tokens.append(sampled.token)
             if depth or all(turn.request.length - turn.start <= 2 for turn in turns):
-                self.note(len(turns), self.clock() - began)
+                self.note(self.clock() - began)
             depth += 1
         return found
 
@@ -164,8 +159,6 @@ class Turn:
 class OnItsPages:
     """A module that reads the speaker's pages, and writes where the verifying pass writes over it."""
 
-    passes = True
-
     def __init__(self, speech: Speech) -> None:
         self.speech = speech
 
@@ -189,8 +182,6 @@ class OnItsPages:
 class OnOwnPages:
     """A module with its own page chain for each request: it reads every token itself."""
 
-    passes = True
-
     def __init__(self, speech: Speech, *, digest: str, pages: int, most_tokens: int, ahead: int) -> None:
         """``most_tokens``: that it reads in one pass; ``ahead``: that it drafts at most for one request."""
         pool: PagePool = speech.runner.pool
@@ -210,15 +201,16 @@ class OnOwnPages:
         return max(0, min(count, self._longest - request.length + 1))
 
     def prepare(self, wanted: Sequence[tuple[Request, int]]) -> None:
-        """Those that it is behind with are read first, and drafted for in a later step."""
+        """Those that it is too far behind with for one pass are read first, and drafted for in a later step."""
         room, chunks = self._most_tokens, []
         for request, count in wanted:
             shadow = self.shadows.follow(request)
             if shadow.strange:
                 continue
-            if shadow.behind <= self._ahead + 1:
+            if shadow.behind <= max(room, self._ahead + 1):
                 if self.shadows.make_room(shadow, request.length + count - 1):
                     request.ahead = count
+                    room -= shadow.behind
                 continue
             stop = min(request.length - 1, shadow.chain.computed + room)
             if stop > shadow.chain.computed and self.shadows.make_room(shadow, stop):
@@ -240,9 +232,10 @@ class OnOwnPages:
             turns.append(Turn(chunk.request, pages, start, chunk.ahead))
         found = self.speech.speak(turns)
         for chunk in chunks:
-            shadow = self.shadows.at(chunk.request.id)
-            self.shadows.read(shadow, chunk.request.length)
-            self.shadows.guess(shadow, found[chunk.request.id].tokens[:-1])
+            shadow, last = self.shadows.at(chunk.request.id), chunk.request.length - 1
+            self.shadows.read(shadow, last)
+            known = chunk.request.token_ids(last, last + 1)
+            self.shadows.guess(shadow, [*known, *found[chunk.request.id].tokens[:-1]])
         return found
 
     def forget(self, request_id: str) -> None:

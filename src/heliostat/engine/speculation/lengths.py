@@ -1,23 +1,28 @@
-"""How many tokens to draft for whom: by how many were taken so far, and by what steps were measured to take. No torch.
+"""Whether to draft, and how many tokens for whom: by what whole steps took, and by how many were taken. No torch.
 
-Nothing here is a number of any machine: a step with drafts is weighed against one without by seconds that this very
-engine took, and every now and then the other choice is tried, so that the measurements stay fresh.
+Nothing here is a number of any machine. For batches of about one size, steps with drafts and steps without are measured
+whole, and the kind is taken whose tokens cost less; now and then the other one is tried for a few steps, so that its
+measurements stay fresh. One slow step moves no median.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-FADING = 0.9
+FADING = 0.97
 """What a drafted token still weighs in a rate when the next one is seen."""
-NEWEST = 0.25
-"""Weight of the newest measurement of a step."""
-PRIOR = 2.0
+PRIOR = 4.0
 """Tokens for which everybody's rate counts in a new request's own."""
+WINDOW = 32
+"""Steps that are remembered of each kind."""
+BURST = 3
+"""Steps that the other kind is tried for: in the first ones a draft on its own pages may only catch up."""
 TRIAL = 32
-"""Steps after which the other choice is tried once."""
+"""Steps after which it is tried; twice as many each time that it loses again."""
+RARELY = 1024
+"""Steps after which it is tried at the latest."""
 
 
 @dataclass(slots=True)
@@ -39,37 +44,96 @@ class Rate:
             self.seen = self.seen * FADING + 1
 
 
+@dataclass(frozen=True, slots=True)
+class Took:
+    """What one step took, and what it brought."""
+
+    seconds: float
+    """All of it, drafting and text included."""
+    speaking: float
+    """The pass of the speaker, and choosing, in seconds."""
+    rows: int
+    """Of that pass, drafted tokens among them."""
+    said: int
+    """Tokens that were added to answers."""
+
+
 @dataclass(slots=True)
-class Seconds:
-    """Measured seconds by the number of rows: running means, and lines between them."""
+class Kind:
+    """The latest steps of one kind."""
 
-    means: dict[int, float] = field(default_factory=dict)
-    _known: list[int] = field(default_factory=list)
-    """Numbers of rows that were measured, in order."""
+    steps: deque[Took] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
-    def learn(self, rows: int, seconds: float) -> None:
-        """One more measurement; a clock that does not move tells nothing."""
-        if seconds > 0:
-            if rows not in self.means:
-                insort(self._known, rows)
-            before = self.means.get(rows, seconds)
-            self.means[rows] = before + NEWEST * (seconds - before)
+    @property
+    def known(self) -> bool:
+        """Whether there are enough of them to go by."""
+        return len(self.steps) >= BURST - 1
 
-    def at(self, rows: int) -> float | None:
-        """For so many rows; None where nothing was measured. Beyond what was the line from end to end goes on."""
-        known = self._known
-        if not known or not rows:
-            return None if rows else 0.0
-        place = bisect_left(known, rows)
-        if place == len(known):
-            first, last = known[0], known[-1]
-            slope = max(0.0, self.means[last] - self.means[first]) / max(1, last - first)
-            return self.means[last] + slope * (rows - last)
-        if known[place] == rows or place == 0:
-            return self.means[known[place]]
-        low, high = known[place - 1], known[place]
-        part = (rows - low) / (high - low)
-        return self.means[low] + part * (self.means[high] - self.means[low])
+    def median(self, what: str) -> float:
+        """Of one number of the steps."""
+        return _median(getattr(took, what) for took in self.steps)
+
+    @property
+    def cost(self) -> float:
+        """Seconds a token."""
+        said = sum(took.said for took in self.steps)
+        return self.median("seconds") * len(self.steps) / max(1, said)
+
+    def fade(self) -> None:
+        """Of what was, less than a burst counts beside what comes."""
+        self.steps = deque(list(self.steps)[1 - BURST :], WINDOW)
+
+
+@dataclass(slots=True)
+class Choice:
+    """Between the two kinds of steps, for batches of about one size."""
+
+    plain: Kind = field(default_factory=Kind)
+    drafting: Kind = field(default_factory=Kind)
+    passes: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """Seconds of passes of the draft."""
+    better: bool = False
+    """Whether steps with drafts are."""
+    left: int = 0
+    """Steps for which the other kind is still tried."""
+    _since: int = 0
+    _pause: int = TRIAL
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the next step is one with drafts."""
+        if not self.plain.known:
+            return False
+        if not self.drafting.known:
+            return True
+        return self.better != (self.left > 0)
+
+    def learn(self, drafted: bool, took: Took) -> None:
+        """A step has run."""
+        (self.drafting if drafted else self.plain).steps.append(took)
+        if not (self.plain.known and self.drafting.known):
+            return
+        if self.left:
+            self.left -= 1
+        better = self.drafting.cost <= self.plain.cost
+        if better != self.better:
+            self.better, self.left, self._since, self._pause = better, 0, 0, TRIAL
+            return
+        self._since += 1
+        if self._since >= self._pause:
+            self._since, self._pause, self.left = 0, min(2 * self._pause, RARELY), BURST
+            (self.plain if better else self.drafting).fade()
+            self.passes = deque(list(self.passes)[-1:], WINDOW)
+
+    def worth(self) -> tuple[float, float]:
+        """Tokens that a row more, and a pass of the draft more, must bring: what the same time brings else."""
+        if not (self.plain.known and self.drafting.known):
+            return 0.0, 0.0
+        extra = self.drafting.median("rows") - self.plain.median("rows")
+        longer = self.drafting.median("speaking") - self.plain.median("speaking")
+        row = max(0.0, longer / extra) if extra > 0 else 0.0
+        rate = 1 / min(self.plain.cost, self.drafting.cost)
+        return row * rate, _median(self.passes) * rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +146,24 @@ class Wish:
 
 @dataclass(slots=True)
 class Lengths:
-    """Decides, step by step, for all that decode."""
+    """Decides, step by step, for all that decode: ``begin``, then ``decide`` if there is to be drafted, then ``learn``."""
 
     most: int
     """Most tokens drafted for a request in a step."""
     adaptive: bool = True
     """False: always as many as there may be."""
-    passes: bool = True
-    """Whether a draft runs passes of its own, one a token."""
-    speaking: Seconds = field(default_factory=Seconds)
-    """Of the pass that verifies, or only decodes, by its rows."""
-    drafting: Seconds = field(default_factory=Seconds)
-    """Of one pass of the draft, by its requests."""
     everybody: Rate = field(default_factory=Rate)
     _rates: dict[str, Rate] = field(default_factory=dict)
-    _since: int = 0
-    """Steps since the other choice was tried."""
+    _choices: dict[int, Choice] = field(default_factory=dict)
+    """By the size of the batch, to the next power of two."""
+    _now: Choice = field(default_factory=Choice)
+    _drafts: bool = False
 
     def forget(self, request: str) -> None:
         """It has ended."""
         self._rates.pop(request, None)
 
-    def learn(self, request: str, drafted: int, taken: int) -> None:
+    def taken(self, request: str, drafted: int, taken: int) -> None:
         """What came of a request's drafted tokens."""
         self._rate(request).learn(drafted, taken)
         self.everybody.learn(drafted, taken)
@@ -113,46 +173,40 @@ class Lengths:
             self._rates[request] = Rate(PRIOR * self.everybody.share, PRIOR)
         return self._rates[request]
 
-    def decide(self, wishes: Iterable[Wish], *, rows: int) -> dict[str, int]:
-        """Tokens to draft for each that wishes; ``rows`` a step without drafts has."""
+    def begin(self, requests: int) -> bool:
+        """Whether anything is to be drafted in a step where so many decode."""
+        self._now = self._choices.setdefault(requests.bit_length(), Choice())
+        self._drafts = requests > 0 and (not self.adaptive or self._now.drafts)
+        return self._drafts
+
+    def decide(self, wishes: Iterable[Wish]) -> dict[str, int]:
+        """Tokens to draft for each that wishes; at least one, where there is to be drafted."""
         possible = {wish.request: min(wish.most, self.most) for wish in wishes if wish.most > 0}
-        if not possible or not self.adaptive:
+        if not self.adaptive:
             return possible
-        best = self._best(possible, rows)
-        self._since += 1
-        plain = rows in self.speaking.means
-        if self._since >= TRIAL or not plain:
-            self._since = 0
-            # Nothing that was never measured is decided by; a rate that nobody looks at any more is.
-            return {} if any(best.values()) or not plain else dict.fromkeys(possible, 1)
-        return best
+        row, each = self._now.worth()
+        shares = {name: self._rate(name).share for name in possible}
+        chances, counts = dict(shares), dict.fromkeys(possible, 1)
+        for depth in range(2, self.most + 1):
+            # A token is as likely as all before it are, and one pass of the draft is for all that go on.
+            for name in chances:
+                chances[name] *= shares[name]
+            chances = {name: p for name, p in chances.items() if p >= row and possible[name] >= depth}
+            if not chances or sum(chances.values()) - row * len(chances) < each:
+                break
+            counts.update(dict.fromkeys(chances, depth))
+        return counts
 
-    def _best(self, possible: Mapping[str, int], rows: int) -> dict[str, int]:
-        """Of all that may be drafted what brings most tokens a second, by what is known."""
-        alone = self.speaking.at(rows)
-        gains = sorted(
-            (
-                (self._rate(request).share ** depth, -depth, request)
-                for request, most in possible.items()
-                for depth in range(1, most + 1)
-            ),
-            reverse=True,
-        )
-        if alone is None:
-            return dict(possible)
-        best, speed = 0, rows / alone
-        tokens, own, at_depth = float(rows), 0.0, [0] * (self.most + 1)
-        for count, (gain, depth, _) in enumerate(gains, start=1):
-            tokens += gain
-            own -= self._drafting(at_depth[-depth])
-            at_depth[-depth] += 1
-            own += self._drafting(at_depth[-depth])
-            seconds = (self.speaking.at(rows + count) or 0.0) + own
-            if tokens / seconds > speed:
-                best, speed = count, tokens / seconds
-        # Of one request the first token comes before the second: the last that is among them says how many.
-        return {request: -depth for _, depth, request in gains[:best]}
+    def passed(self, seconds: float) -> None:
+        """How long a pass of the draft took."""
+        self._now.passes.append(seconds)
 
-    def _drafting(self, requests: int) -> float:
-        """Seconds of one of the draft's passes; nothing where it has none, or nobody knows."""
-        return (self.drafting.at(requests) or 0.0) if self.passes else 0.0
+    def learn(self, took: Took) -> None:
+        """How long the step took, in which everybody only decoded."""
+        self._now.learn(self._drafts, took)
+
+
+def _median(numbers: Iterable[float]) -> float:
+    """The middle one, the higher of two; zero of none."""
+    ordered = sorted(numbers)
+    return ordered[len(ordered) // 2] if ordered else 0.0

@@ -25,7 +25,7 @@ class Shadow:
     chain: Request
     """Row, pages and keys of the draft; ``computed`` counts positions of tokens that are known for good."""
     guessed: list[int] = field(default_factory=list)
-    """Drafted tokens that were read behind those."""
+    """Tokens that were read behind those: the last one known then, and drafted ones."""
     strange: bool = False
     """Whether there are token ids that the draft does not know."""
 
@@ -91,12 +91,12 @@ class Shadows:
         chain.answer += shadow.of.answer[known:]
         del chain.answer[len(shadow.of.answer) :]
         shadow.strange = shadow.strange or self._strange(chain.answer[known:])
-        if shadow.guessed:
-            pairs = zip(shadow.guessed, chain.answer[known:], strict=False)
-            self.read(
-                shadow, chain.computed + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            )
-            shadow.guessed = []
+        # The last token is read by who drafts what follows it, again where nothing was said since.
+        told = chain.token_ids(chain.computed, max(chain.computed, chain.length - 1))
+        pairs = zip(shadow.guessed, told, strict=False)
+        true = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.read(shadow, chain.computed + true)
+        shadow.guessed = []
         keep = self.table.pages_for(chain.computed)
         self.table.release(chain.pages[keep:])
         del chain.pages[keep:]
@@ -121,7 +121,7 @@ class Shadows:
         return True
 
     def guess(self, shadow: Shadow, tokens: Sequence[int]) -> None:
-        """Drafted tokens that were read behind all that is known."""
+        """Tokens that were read behind all that is known for good."""
         shadow.guessed = list(tokens)
 
     def forget(self, request_id: str) -> None:

@@ -13,7 +13,7 @@ from heliostat.engine.fitting import refuse_shape
 from heliostat.engine.request import Request
 from heliostat.engine.runner import Runner
 from heliostat.engine.speculation.drafting import Draft, Drafted, LookUp, OnItsPages, OnOwnPages, Speech
-from heliostat.engine.speculation.lengths import Lengths, Wish
+from heliostat.engine.speculation.lengths import Lengths, Took, Wish
 from heliostat.engine.speculation.rule import Rule
 from heliostat.engine.speculation.verifying import Turn, judge_turns
 from heliostat.engine.speculation.wanted import AHEAD, NGRAM
@@ -60,7 +60,7 @@ class Room:
 
 class Speculator:
     """Between an engine's scheduler and its passes. One owner calls it, in the order ``plan``, ``draft``, ``judge``,
-    ``note`` for every step."""
+    ``note``, ``end`` for every step."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class Speculator:
     ) -> None:
         """``runner``: the engine's. Refused where a module that reads its pages has another shape."""
         self.drafting, self._room, self.clock = drafting, room, clock
-        self.lengths = Lengths(drafting.ahead, drafting.adaptive, passes=drafting.module is not None)
-        self._began = 0.0
+        self.lengths = Lengths(drafting.ahead, drafting.adaptive)
+        self._began = self._drafted = self._spoken = 0.0
         self._own: Runner | None = None
         self.drafter: Draft = LookUp()
         if drafting.module is not None:
@@ -92,7 +92,7 @@ class Speculator:
             own,
             self._room.eos,
             config.vocabulary,
-            note=lambda requests, seconds: self.lengths.drafting.learn(requests, seconds),
+            note=self.lengths.passed,
             clock=lambda: self.clock(),
         )
         if self.drafting.reads:
@@ -135,11 +135,14 @@ class Speculator:
 
     def plan(self, decoding: Sequence[Request]) -> None:
         """Before a step is scheduled: how many tokens are to be drafted for each of those that decode."""
+        self._began = self.clock()
         for request in decoding:
             request.ahead = 0
         asking = {r.id: r for r in decoding if r.speculation is not None}
+        if not self.lengths.begin(len(decoding) if asking else 0):
+            return
         wishes = [Wish(r.id, self.drafter.most(r, self._limit(r))) for r in asking.values()]
-        counts = self.lengths.decide(wishes, rows=len(decoding))
+        counts = self.lengths.decide(wishes)
         self.drafter.prepare([(asking[name], count) for name, count in counts.items() if count])
 
     def _limit(self, request: Request) -> int:
@@ -151,7 +154,7 @@ class Speculator:
         """The tokens of a step that are not known yet."""
         chunks = [chunk for chunk in step.chunks if chunk.ahead]
         found = self.drafter.draft(chunks) if chunks else {}
-        self._began = self.clock()
+        self._drafted = self.clock()
         return found
 
     def judge(self, turns: Sequence[Turn], states: Sequence[Tensor]) -> None:
@@ -163,14 +166,19 @@ class Speculator:
         rule = request.speculation
         return self._judge(request, rule) if rule is not None and rule.kind == "judged" else None
 
-    def note(self, step: Step, turns: Sequence[Turn]) -> None:
+    def note(self, turns: Sequence[Turn]) -> None:
         """A step has run, and every turn has said what it could."""
-        rows = sum(chunk.stop - chunk.start for chunk in step.chunks)
-        if all(chunk.stop - chunk.start == 1 + chunk.ahead for chunk in step.chunks):
-            self.lengths.speaking.learn(rows, self.clock() - self._began)
+        self._spoken = self.clock()
         for turn in turns:
             if turn.drafted.tokens:
-                self.lengths.learn(turn.request.id, len(turn.drafted.tokens), turn.accepted)
+                self.lengths.taken(turn.request.id, len(turn.drafted.tokens), turn.accepted)
+
+    def end(self, step: Step, turns: Sequence[Turn]) -> None:
+        """All of a step is done."""
+        if all(chunk.stop - chunk.start == 1 + chunk.ahead for chunk in step.chunks):
+            rows, said = sum(1 + chunk.ahead for chunk in step.chunks), sum(len(turn.said) for turn in turns)
+            whole, speaking = self.clock() - self._began, self._spoken - self._drafted
+            self.lengths.learn(Took(whole, speaking, rows, said))
 
     def changed(self) -> None:
         """The engine's modules have come or gone: adapters of a model that drafts, too, perhaps."""
