@@ -100,7 +100,7 @@ def _says(
         proposal is not None
         and not taken
         and _may(draw, proposal)
-        and _tolerates(turn, logits, highest, wish)
+        and _tolerates(turn, draw, logits, highest, wish)
     ):
         row = logits[turn.row + len(turn.said)][None]
         (chosen,) = report(row, [proposal], [draw])
@@ -122,7 +122,7 @@ def _may(draw: Draw, token: int) -> bool:
     return token // 8 < len(draw.allowed) and bool(draw.allowed[token // 8] >> token % 8 & 1)
 
 
-def _tolerates(turn: Turn, logits: Tensor, highest: Sequence[int], wish: Wish) -> bool:
+def _tolerates(turn: Turn, draw: Draw, logits: Tensor, highest: Sequence[int], wish: Wish) -> bool:
     """Whether the request's rule takes the proposal, which the speaker did not choose."""
     rule = turn.request.speculation or LOSSLESS
     place = len(turn.said)
@@ -135,7 +135,9 @@ def _tolerates(turn: Turn, logits: Tensor, highest: Sequence[int], wish: Wish) -
     if rule.kind == "kl":
         return divergence(row, turn.drafted.logits[place]) < bound
     if rule.kind == "entropy":
-        return entropy(row) > bound and _goes_on(turn, rule.window, logits, highest, wish)
+        # Nothing goes on behind an end, and no grammar may be asked what would.
+        ends = proposal in draw.eos and not draw.sampling.ignore_eos
+        return not ends and entropy(row) > bound and _goes_on(turn, rule.window, logits, highest, wish)
     return False
 
 

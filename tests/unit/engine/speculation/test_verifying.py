@@ -268,3 +268,17 @@ def test_an_end_ends_the_turn() -> None:
     (turn,) = turns_of([request] * 3, {"r": Drafted([EOS, EOS])})
     choose([turn], logits, [EOS] * 3, wish_of)
     assert turn.ids == [EOS] and turn.accepted == 1
+
+
+def test_what_follows_an_end_is_not_looked_at() -> None:
+    """A grammar that is asked behind its end would end the request."""
+
+    def wish(request: Request, said: Sequence[int]) -> Draw:
+        assert EOS not in said
+        return wish_of(request, said)
+
+    request = asked(parse_rule("entropy:0.1:1"), ignore_eos=False)
+    logits = torch.stack([logits_of([0.4, 0.15, 0.15, 0.15, 0.15])] * 3)
+    (turn,) = turns_of([request] * 3, {"r": Drafted([EOS, 0])})
+    choose([turn], logits, [0] * 3, wish)
+    assert turn.ids == [0] and turn.judged == 0
