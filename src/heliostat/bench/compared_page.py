@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def pictures(found: Found) -> dict[str, str]:
     goodput = _curves(found, lambda own: own["goodput"]["share"])
     made["goodput"] = _drawn(goodput, "share of requests within their limits", "goodput")
     for q in (50, 95):
-        times = _curves(found, lambda own, q=q: own["session"][f"p{q}"])  # type: ignore[misc]
+        times = _curves(found, partial(_session, q))
         made[f"session-p{q}"] = _drawn(times, f"a session's seconds, p{q}", "seconds")
     made["latency"] = lines(
         {name: [(x, y) for x, y in points] for name, points in _latency(found).items()},
@@ -262,6 +263,11 @@ def _phases(found: Found) -> dict[str, str]:
         for name, point in near["systems"].items()
         if point["summary"]["phases"]["told"]
     }
+
+
+def _session(q: int, own: Found) -> Found:
+    seconds: Found = own["session"][f"p{q}"]
+    return seconds
 
 
 def _curves(found: Found, find: Callable[[Found], Found]) -> dict[str, list[tuple[float, Found]]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heliostat.cli.advance import Advance
 from heliostat.cli.failing import stop
 from heliostat.cli.printing import Family, Json, note, percent, print_json, print_next, print_table
 from heliostat.tasks.grade import METRICS_SHOWN
@@ -110,7 +109,7 @@ def judge(
         longest=max_tokens,
         seed=seed,
     )
-    with _Bar(f"judge {wish.judge}", as_json=as_json) as bar:
+    with Advance(f"judge {wish.judge}", as_json=as_json, every=10) as bar:
         try:
             made = make_judge(wish, tell=bar.tell, echo=note)
             points = _drawn(wish, made, bar) if picture else []
@@ -121,40 +120,7 @@ def judge(
     _show(wish, made, points)
 
 
-class _Bar:
-    """Prompts done and what is being done, on stderr; a line for every tenth with ``--json``."""
-
-    def __init__(self, what: str, *, as_json: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-        )
-        self.as_json, self.done, self.total = as_json, 0, 0
-        self.progress = Progress(*columns, console=Console(stderr=True), disable=as_json)
-        self.task = self.progress.add_task(what, total=None, facts="")
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def tell(self, done: int, total: int, what: str) -> None:
-        """See how far it is."""
-        if self.as_json and done // 10 != self.done // 10:
-            print(json.dumps({"done": done, "of": total, "what": what}), file=sys.stderr, flush=True)
-        self.done, self.total = done, total
-        self.progress.update(self.task, completed=done, total=total, facts=what)
-
-
-def _drawn(wish: Wish, made: Judged, bar: _Bar) -> list[Answered]:
+def _drawn(wish: Wish, made: Judged, bar: Advance) -> list[Answered]:
     """Accuracy and accepted length over theta, drawn beside the judge."""
     from heliostat.judging.asked import load_pair, read_asked
     from heliostat.judging.picture import draw, sweep

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heliostat.cli.advance import Advance
 from heliostat.cli.failing import stop
 from heliostat.cli.printing import Family, Json, note, print_json, print_next, print_table
 from heliostat.files import readable_size
@@ -53,7 +52,7 @@ def quantize(
         tuning_steps=tuning_steps,
         seed=seed,
     )
-    with _Bar(f"{name}: {format}", as_json=as_json) as bar:
+    with Advance(f"{name}: {format}", as_json=as_json) as bar:
         try:
             made = quantize(wish, tell=bar.tell, echo=note)
         except KeyboardInterrupt:
@@ -61,39 +60,6 @@ def quantize(
     if as_json:
         return print_json(made.to_json())
     _show(family, name, made)
-
-
-class _Bar:
-    """Layers done and what is being done, on stderr; a line a layer with ``--json``."""
-
-    def __init__(self, what: str, *, as_json: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-        )
-        self.as_json, self.done = as_json, 0
-        self.progress = Progress(*columns, console=Console(stderr=True), disable=as_json)
-        self.task = self.progress.add_task(what, total=None, facts="")
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def tell(self, done: int, total: int, what: str) -> None:
-        """See how far it is."""
-        if self.as_json and done > self.done:
-            print(json.dumps({"layers": done, "of": total, "what": what}), file=sys.stderr, flush=True)
-        self.done = done
-        self.progress.update(self.task, completed=done, total=total, facts=what)
 
 
 def _show(family: Path, name: str, made: Quantized) -> None:

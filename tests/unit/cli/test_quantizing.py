@@ -25,7 +25,7 @@ def test_a_module_is_made_shown_and_removed(heliostat: Heliostat, bare_family: P
     found = heliostat("quantize", bare_family, "--name", "b", "--data", data, *QUICK, "--json")
     facts = json.loads(found.stdout)
     assert facts["module"]["quantization"] == "m1v4g32" and len(facts["errors"]) == 2
-    assert json.loads(found.stderr.splitlines()[-1])["layers"] == 2
+    assert json.loads(found.stderr.splitlines()[-1])["done"] == 2
     shown = json.loads(heliostat("inspect", bare_family, "--json").stdout)
     assert [m["quantization"] for m in shown["modules"]] == [None, "m1v4g32", "m1v4g32"]
     assert "m1v4g32, " in heliostat("inspect", bare_family).stdout
