@@ -13,7 +13,7 @@ from heliostat.judging import voice
 from heliostat.judging.labels import score
 from heliostat.model.attention_kind import KEY, PREFIX, AttentionKind
 from heliostat.model.config import parse_config
-from heliostat.model.seam import Causal
+from heliostat.model.seam import Causal, Reading
 from heliostat.model.transformer import Transformer
 from tests.conftest import SHAPE
 from tests.promises.toys import ROWS, reference
@@ -56,6 +56,29 @@ def test_scores_of_every_row_are_those_of_whole_passes(name: str, modules: dict[
         assert token == drafted[place]
         wanted = brute_force(row, modules, PROMPT, ANSWER, place, token, 3)
         assert found == pytest.approx(wanted, abs=2e-3, rel=1e-3), (place, token)
+
+
+@pytest.mark.parametrize("together", [1, 30, 10_000])
+@pytest.mark.parametrize("name", ["independent-a", "sun-a", "icarus-la"])
+def test_a_twin_is_asked_over_the_speakers_own_keys_and_values(
+    name: str, together: int, modules: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One place at a time, over what stands before it: as it drafts when it reads the speaker's pages."""
+    monkeypatch.setattr(voice, "TOGETHER", together)
+    heard, draft = voice.Voice(ROWS[name], modules, PROMPT, ANSWER), modules["c"]
+    ids, found = torch.tensor([[*PROMPT, *ANSWER]]), []
+    for place in range(len(PROMPT) - 1, len(PROMPT) + len(ANSWER) - 1):
+        before = {layer: (k[:, :place], v[:, :place]) for layer, (k, v) in heard.written.items()}
+        seam = Reading([before], torch.ones(1, 1, 1, place + 1, dtype=torch.bool), own=True)
+        at = torch.tensor([[place]])
+        found.append(int(draft.model.logits(draft.run(ids[:, place : place + 1], at, seam))[0, 0].argmax()))
+    size = draft.model.config.vocabulary
+    assert voice.top_tokens_over(heard, draft, vocabulary=size) == found
+    assert found != voice.top_tokens(draft, PROMPT, ANSWER, vocabulary=size)
+    scored = score(ROWS[name], modules, draft, PROMPT, ANSWER, reads=True)
+    assert scored.tokens.tolist() == [
+        token for i, token in enumerate(found) if i >= heard.first and token != ANSWER[i]
+    ]
 
 
 def a_module(seed: int, attention: str = "softmax", **shape: object) -> Loaded:

@@ -19,8 +19,14 @@ from typing import Any
 import torch
 
 from heliostat.bench.birth import certificate
+from heliostat.bench.speculated import ALWAYS, LOSSLESS, OFF
 from heliostat.build import read_family
+from heliostat.engine.request import Request, Sampling
+from heliostat.engine.speculation.drafting import Drafted
+from heliostat.engine.speculation.verifying import judge_turns, turns_of
+from heliostat.engine.speculation.wanted import AHEAD
 from heliostat.errors import Refused
+from heliostat.family import Row
 from heliostat.files import atomic_write_text, read_json
 from heliostat.judging.asked import load_pair, read_asked
 from heliostat.judging.choice import area_under, point_at
@@ -32,7 +38,7 @@ from heliostat.tasks.grade import grade
 from heliostat.train.data import question_ids
 from heliostat.train.formats import Record, read_jsonl
 
-OFF, NGRAM, LOSSLESS = "off", "ngram", "lossless"
+NGRAM = "ngram"
 CHOSEN = ("judged:recall", "judged:f1")
 SWEEP = tuple(f"judged:{theta}" for theta in (0.1, 0.3, 0.5, 0.7, 0.9))
 OTHERS = (
@@ -282,7 +288,7 @@ def _said(wish: Measured, llm: LLM, rule: str, records: Sequence[Record], batch:
     """Greedy answers, so many requests at once, the next ones when all have ended."""
     longest = llm.engine.max_length
     asked = [question_ids(record, llm.tokenizer, max_length=longest - 1) for record in records]
-    who, how = wish.member or "base", OFF if rule == OFF else LOSSLESS if rule == NGRAM else rule
+    who, how = wish.member or "base", LOSSLESS if rule in (NGRAM, ALWAYS) else rule
     found: list[Answer] = []
     for at in range(0, len(asked), batch):
         found += llm.generate(asked[at : at + batch], member=who, max_tokens=wish.longest, speculation=how)
@@ -296,6 +302,7 @@ def _speeds(wish: Measured, points: Points, tell: Tell) -> None:
         return
     tell("loading one engine a rule")
     llms = {rule: _llm(wish, [rule], judge=_name(0), adaptive=True) for rule in wish.rules}
+    llms[ALWAYS] = _llm(wish, [LOSSLESS], judge=_name(0), adaptive=False)
     records = _records(wish, wish.test)
     for rule, llm in llms.items():
         for batch in wish.batches:  # so that every engine has measured its own passes
@@ -321,16 +328,22 @@ def _turn(wish: Measured, llms: dict[str, LLM], records: Sequence[Record], batch
 
 
 def _judge_seconds(wish: Measured) -> dict[str, float]:
-    """Of one call for the rows of one request's drafts, and for eight requests'; median of CALLS."""
-    judge = read_judge(Path(wish.family), _name(0))
+    """What judging adds to a pass with eight drafted tokens for one request, and for eight requests; median of CALLS."""
+    judge, drafted = read_judge(Path(wish.family), _name(0)), list(range(AHEAD))
+    row, sampling = Row("base", "base", "base", "base"), Sampling()
     found = {}
-    for rows in (8, 64):
-        hidden, times = torch.randn(rows, len(judge.weight)), []
+    for count in (1, 8):
+        requests = [
+            Request(f"r{n}", row=row, digests={}, prompt=(1,), sampling=sampling) for n in range(count)
+        ]
+        rows = [request for request in requests for _ in range(1 + AHEAD)]
+        hidden, times = torch.randn(len(rows), len(judge.weight)), []
         for _ in range(CALLS):
+            turns = turns_of(rows, {request.id: Drafted(drafted) for request in requests})
             begin = time.perf_counter()
-            judge.scores(hidden).tolist()
+            judge_turns(turns, [hidden], lambda request: (judge, judge.theta))
             times.append(time.perf_counter() - begin)
-        found[str(rows)] = sorted(times)[CALLS // 2]
+        found[str(count * AHEAD)] = sorted(times)[CALLS // 2]
     return found
 
 

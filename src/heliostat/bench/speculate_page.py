@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from heliostat.bench.speculated import Ruled, judge_share, ruled, verdicts
+from heliostat.bench.speculated import Ruled, judge_share, ruled, speeds_of, verdicts
 from heliostat.files import atomic_write_text
 from heliostat.plot import lines
 
@@ -48,9 +48,10 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
         _cost(rules),
         "",
+        *_switch(found),
         f"![accuracy over tokens a second]({CURVE})",
         "",
-        f"A call of the judge takes {1e6 * found['points']['judge_seconds']['8']:.0f} microseconds for 8 tokens: "
+        f"Judging takes {1e6 * found['points']['judge_seconds']['8']:.0f} microseconds for 8 tokens: "
         f"{100 * judge_share(found):.2f} % of the time at batch {facts['batches'][0]}, if every pass had drafts.",
         "",
         "## Judges",
@@ -135,6 +136,16 @@ def _cost(rules: Sequence[Ruled]) -> str:
         "passes of the speaker and add passes of the draft, so they pay where a pass of the speaker costs much more than "
         "one of the draft."
     )
+
+
+def _switch(found: Mapping[str, Any]) -> list[str]:
+    """What it is worth to measure how much to draft."""
+    worth = {batch: own.switch for batch, own in speeds_of(found).items()}
+    told = ", ".join(f"{ratio:.2f} at batch {batch}" for batch, ratio in worth.items() if ratio is not None)
+    return [
+        f"Against always drafting 8, the engine's own choice gives `lossless` times the speed: {told}.",
+        "",
+    ] * bool(told)
 
 
 def _speeds(rules: Sequence[Ruled]) -> list[str]:

@@ -8,6 +8,8 @@ from statistics import fmean, median
 from typing import Any
 
 OFF, LOSSLESS = "off", "lossless"
+ALWAYS = "lossless, always"
+"""As many tokens drafted as are allowed, whatever it costs: beside it stands what the engine's own choice is worth."""
 GOAL_FASTER, GOAL_LOSS, GOAL_BATCHES = 1.25, 0.01, (1, 2, 4)
 """Judged rules: times the speed of lossless ones, at most so much accuracy lost; lossless beats none at these batches."""
 
@@ -53,6 +55,11 @@ class Speeds:
     def ratio(self, rule: str, other: str) -> float:
         """Median of the ratios of pairs of one turn: what slows a turn slows both."""
         return median(a / b for a, b in zip(self.rates(rule), self.rates(other), strict=True))
+
+    @property
+    def switch(self) -> float | None:
+        """Of ``lossless``, times the speed of always drafting as much as is allowed; None where that was not measured."""
+        return self.ratio(LOSSLESS, ALWAYS) if all(ALWAYS in turn for turn in self.turns) else None
 
     def drafting(self, rule: str) -> float:
         """Drafted tokens for each one said."""

@@ -56,6 +56,11 @@ def sample(logits: Tensor, draws: Sequence[Draw], highest: Sequence[int] | None 
     return report(logits, tokens, draws)
 
 
+def reads(draw: Draw) -> bool:
+    """Whether more than the highest logit is asked for."""
+    return draw.sampling.logprobs is not None or _wishes(draw)
+
+
 def _wishes(draw: Draw) -> bool:
     """Whether the highest logit may not be the token to take."""
     wish = draw.sampling

@@ -19,7 +19,7 @@ from heliostat.build import (
     read_family,
     verify_member,
 )
-from heliostat.engine.speculation.loading import refuse_other_tokens
+from heliostat.engine.speculation.loading import reads_pages, refuse_other_tokens
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
 from heliostat.judging.consequences import Question
@@ -48,6 +48,8 @@ class Pair:
     llm: LLM
     longest: int
     """Tokens of a prompt and its answer, at most."""
+    reads: bool = False
+    """Whether the draft reads the speaker's keys and values."""
 
     @property
     def speaker(self) -> Loaded:
@@ -78,7 +80,8 @@ def load_pair(
     who = member or speaker
     llm = LLM.of(modules, {who: row}, tokenizer, cache_mib=CACHE_MIB)
     longest = min(llm.engine.max_length, loaded[draft].model.config.max_length)
-    return Pair(folder, family, who, row, loaded[draft], modules, llm, longest)
+    reads = reads_pages(family, draft)
+    return Pair(folder, family, who, row, loaded[draft], modules, llm, longest, reads)
 
 
 def _row(folder: Path, family: Family, speaker: str, member: str | None) -> Row:
@@ -133,6 +136,7 @@ def identity(pair: Pair, data: Path, *, suffix: int, metric: str, longest: int) 
             for part in ("prompt_writer", "answer_writer", "speaker", "first_speaker")
         },
         "digests": pair.digests,
+        **({"draft_reads": "the speaker's keys and values"} if pair.reads else {}),
         "dtype": str(pair.speaker.model.dtype),
         "data": hashlib.sha256(Path(data).read_bytes()).hexdigest(),
         "suffix": suffix,

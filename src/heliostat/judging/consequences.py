@@ -61,7 +61,8 @@ def answered(
         for number, (prompt, answer, most) in enumerate(zip(prompts, begun, longest, strict=True))
     ]
     over = set(llm.tokenizer.eos_ids)
-    going = [r for r in requests if not (r.answer and r.answer[-1] in over)]
+    full = engine.max_length - 1  # nothing can follow, and no engine takes it
+    going = [r for r in requests if not (r.answer and r.answer[-1] in over) and r.length <= full]
     try:
         for request in going:
             engine.add(request)

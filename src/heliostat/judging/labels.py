@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heliostat.build import Loaded
 from heliostat.family import Row
-from heliostat.judging.voice import Other, Voice, top_tokens
+from heliostat.judging.voice import Other, Voice, top_tokens, top_tokens_over
 
 SUFFIX = 20
 """Tokens behind a token that its score looks at."""
@@ -41,15 +41,22 @@ def score(
     answer: Sequence[int],
     *,
     suffix: int = SUFFIX,
+    reads: bool = False,
 ) -> Scored:
     """Every place i of the greedy ``answer`` y where the speaker speaks and the draft's likeliest token z is not y_i.
 
     Its score is [log P(z | y_<i) - log P(y_i | y_<i)] + [log P(y_i+1..i+N | y_<i, z) - log P(y_i+1..i+N | y_<=i)]
-    with N = ``suffix``, or as many as the answer still has: 0 is as good as the speaker's own token.
+    with N = ``suffix``, or as many as the answer still has: 0 is as good as the speaker's own token. ``reads``: the
+    draft reads the speaker's keys and values, as a twin of it in few bits does.
     """
     voice = Voice(row, modules, prompt, answer)
     speaker = modules[row.speaker].model
-    drafted = top_tokens(draft, prompt, answer, vocabulary=speaker.config.vocabulary)
+    size = speaker.config.vocabulary
+    drafted = (
+        top_tokens_over(voice, draft, vocabulary=size)
+        if reads
+        else top_tokens(draft, prompt, answer, vocabulary=size)
+    )
     places = [i for i in range(voice.first, len(answer)) if drafted[i] != answer[i]]
     others = [Other(i, drafted[i], tuple(answer[i + 1 : i + 1 + suffix])) for i in places]
     own, theirs = voice.logprobs(answer), voice.logprobs(drafted)

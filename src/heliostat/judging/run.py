@@ -252,7 +252,9 @@ def _room(pair: Pair, question: Question, longest: int) -> int:
 
 
 def _scored(pair: Pair, question: Question, said: Said, suffix: int) -> Scored:
-    return score(pair.row, pair.modules, pair.draft, question.prompt, said.ids, suffix=suffix)
+    return score(
+        pair.row, pair.modules, pair.draft, question.prompt, said.ids, suffix=suffix, reads=pair.reads
+    )
 
 
 def known_of(kept: Kept, measured: Sequence[Question]) -> list[list[float]]:

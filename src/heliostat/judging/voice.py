@@ -142,6 +142,23 @@ def top_tokens(draft: Loaded, prompt: Sequence[int], answer: Sequence[int], *, v
     return best
 
 
+def top_tokens_over(voice: Voice, draft: Loaded, *, vocabulary: int) -> list[int]:
+    """As ``top_tokens``, of a draft that reads the speaker's keys and values of what stands before, as its twin does."""
+    tokens = torch.tensor([*voice.prompt, *voice.answer], device=draft.model.device)
+    said, best = len(tokens), list[int]()
+    kept = torch.arange(said, device=tokens.device)
+    for places in kept[len(voice.prompt) - 1 : -1].split(max(1, TOGETHER // said)):
+        before = kept < places[:, None]
+        mask = torch.cat([before, before.new_ones(len(places), 1)], dim=1)[:, None, None]  # [A, 1, 1, T + 1]
+        written = {
+            layer: (k.expand(len(places), -1, -1, -1), v.expand(len(places), -1, -1, -1))
+            for layer, (k, v) in voice.written.items()
+        }
+        hidden = draft.run(tokens[places, None], places[:, None], Reading([written], mask, own=True))[:, 0]
+        best += draft.model.logits(hidden)[:, :vocabulary].argmax(-1).tolist()
+    return best
+
+
 def _laid_end_to_end(parts: Sequence[KeyValues]) -> KeyValues:
     """Keys and values of parts of one text, in the number format of the last, which is the speaker's side of it."""
     last = parts[-1]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from heliostat.bench.speculate_page import write_page
-from heliostat.bench.speculated import Speeds, judge_share, ruled, verdicts
+from heliostat.bench.speculated import ALWAYS, Speeds, judge_share, ruled, verdicts
 
 RULES = ("off", "ngram", "lossless", "judged:recall", "judged:f1", "judged:0.5", "topk:2")
 PACE = {
@@ -38,10 +38,11 @@ def found(**changed: float) -> dict[str, Any]:
         for name in ("told", "held out")
         if seed == 0 or rule.startswith(("judged:r", "judged:f"))
     }
+    pace[ALWAYS] = 60
     turns = {
         f"speed/{batch}/{again}": {
             rule: {"tokens": pace[rule] * batch, "seconds": 1.0 + again % 2, "drafted": 50.0}
-            for rule in RULES
+            for rule in (*RULES, ALWAYS)
         }
         for batch in (1, 2)
         for again in range(5)
@@ -102,6 +103,7 @@ def test_the_page_has_all_of_it(tmp_path: Path) -> None:
         "–",
         "80.0 % (1.0 % apart)",
         "| N 20 | -3.00",
+        "times the speed: 2.00 at batch 1, 2.00 at batch 2.",
     ):
         assert part in page, part
     assert {p.name for p in tmp_path.iterdir()} == {

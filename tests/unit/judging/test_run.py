@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from heliostat.errors import Refused
-from heliostat.judging import run
+from heliostat.judging import picture, run
 from heliostat.judging.asked import load_pair, read_asked
 from heliostat.judging.consequences import Question, Said, answered, known_unacceptable
 from heliostat.judging.labels import Scored, score
@@ -206,3 +206,19 @@ def test_a_draft_with_another_tokenizer_is_refused(
 def test_without_results_to_compare_it_says_what_is_needed(drafted: Path, asked_data: Path) -> None:
     with pytest.raises(Refused, match="a metric that tells a result from its wording.*--tau"):
         make_judge(wish(drafted, asked_data, calibration=0))
+
+
+def test_an_answer_that_fills_the_context_is_left_as_it_is(drafted: Path) -> None:
+    """No engine takes a request that nothing can follow; others go on."""
+    pair = load_pair(drafted, "base", "small")
+    prompt = pair.llm.prompt_ids("add 2 and 3")
+    full = [5] * (pair.llm.engine.max_length - len(prompt))
+    whole, other = answered(pair.llm, "base", [prompt, prompt], [full, [5]], longest=[9, 9])
+    assert list(whole.ids) == full and not whole.ended
+    assert len(other.ids) > 1
+
+
+def test_answers_without_a_result_are_compared_by_their_words() -> None:
+    question = Question(1, (1, 2), None)
+    assert picture._right("command", "no call", question, "no call")
+    assert not picture._right("command", "another", question, "no call")

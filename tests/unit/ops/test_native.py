@@ -1,5 +1,6 @@
 """The compiled kernels against their twins in torch: shapes, tails, threads, number formats; and doing without them."""
 
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heliostat.errors import Refused
 from heliostat.ops import native
 from heliostat.ops.best import best, plain_best
 from heliostat.ops.gate import gated, plain_gated
@@ -157,3 +159,13 @@ def test_without_a_compiler_the_build_says_so_and_leaves_nothing(
     why = compiling.build(tmp_path / "kernels.so")
     assert why is not None and "no-such-compiler" in why
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_of_other_sources_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ctypes.util.find_library("m")
+    path = next(iter(Path("/").glob(f"lib/*/{library}")), None) if library else None
+    if path is None or native.opened(str(path)) is None:
+        pytest.skip("no other library, or no processor for kernels")
+    monkeypatch.setenv("HELIOSTAT_NATIVE", str(path))
+    with pytest.raises(Refused, match="was built from other sources"):
+        native._library.__wrapped__()

@@ -57,8 +57,12 @@ def drafting_of(
         module = load_modules(
             folder, family, [name], dtype=dtype, device=device, verify=False, models=models, joined=True
         )[name]
-    reads = family.module(family.module(name).weights).quantization is not None
-    return replace(drafting, module=module, reads=reads, judges=judges)
+    return replace(drafting, module=module, reads=reads_pages(family, name), judges=judges)
+
+
+def reads_pages(family: Family, draft: str) -> bool:
+    """Whether a module that drafts reads the speaker's pages: it is one in codebooks, of the speaker's own shape."""
+    return family.module(family.module(draft).weights).quantization is not None
 
 
 def refuse_other_tokens(folder: Path, family: Family, draft: str, tokenizer: Tokenizer) -> None:

@@ -35,13 +35,18 @@ class Rule:
 
     def __str__(self) -> str:
         """As ``parse_rule`` reads it."""
-        found = self.named or ("" if self.bound is None else f"{self.bound:g}")
+        found = self.named or ("" if self.bound is None else _shortest(self.bound))
         return ":".join([self.kind, *filter(None, [found, str(self.window or "")])])
 
     @property
     def lossless(self) -> bool:
         """Whether answers are those of the speaker alone."""
         return self.kind == "lossless"
+
+
+def _shortest(bound: float) -> str:
+    """The text that is read as just this number."""
+    return str(int(bound)) if bound == bound // 1 and bound < math.inf else str(bound)
 
 
 LOSSLESS = Rule()

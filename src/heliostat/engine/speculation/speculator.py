@@ -171,7 +171,9 @@ class Speculator:
         self._spoken = self.clock()
         for turn in turns:
             if turn.drafted.tokens:
-                self.lengths.taken(turn.request.id, len(turn.drafted.tokens), turn.accepted)
+                ended = turn.accepted == len(turn.said)  # by a drafted end: nothing behind it was looked at
+                looked = turn.accepted if ended else len(turn.drafted.tokens)
+                self.lengths.taken(turn.request.id, looked, turn.accepted)
 
     def end(self, step: Step, turns: Sequence[Turn]) -> None:
         """All of a step is done."""

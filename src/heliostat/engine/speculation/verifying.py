@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from heliostat.engine.request import Request
-from heliostat.engine.sampler import Draw, Sampled, report, sample
+from heliostat.engine.sampler import Draw, Sampled, reads, report, sample
 from heliostat.engine.speculation.drafting import Drafted
 from heliostat.engine.speculation.rule import LOSSLESS
 from heliostat.model.judge import Judge
@@ -81,8 +81,11 @@ def choose(turns: Sequence[Turn], logits: Tensor, highest: Sequence[int], wish: 
     while left:
         rows = [turn.row + len(turn.said) for turn in left]
         draws = [wish(turn.request, turn.ids) for turn in left]
-        some = logits if len(rows) == len(logits) else logits[rows]
-        drawn = sample(some, draws, [highest[row] for row in rows])
+        tops = [highest[row] for row in rows]
+        if any(map(reads, draws)):
+            drawn = sample(logits if len(rows) == len(logits) else logits[rows], draws, tops)
+        else:
+            drawn = list(map(Sampled, tops))
         left = [
             turn
             for turn, draw, chosen in zip(left, draws, drawn, strict=True)

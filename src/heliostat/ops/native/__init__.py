@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from heliostat.errors import Refused
 from heliostat.ops.native.compiling import LIBRARY
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -45,7 +46,13 @@ def _library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         for suffix in _SUFFIX.values():
-            function = getattr(library, f"{name}_{suffix}")
+            try:
+                function = getattr(library, f"{name}_{suffix}")
+            except AttributeError as error:
+                raise Refused(
+                    f"{path} was built from other sources than these: build it again (make native), or set "
+                    "HELIOSTAT_NATIVE=0 to go without"
+                ) from error
             function.argtypes, function.restype = arguments, None
     return library
 

@@ -71,6 +71,12 @@ def test_no_text_does_anything_but_be_read_or_refused(text: str) -> None:
     assert parse_rule(str(rule)) == rule
 
 
+@given(st.floats(0, 1), st.floats(0, 1e9))
+def test_a_bound_travels_as_it_is(share: float, nats: float) -> None:
+    for rule in (Rule("judged", share), Rule("kl", nats), Rule("entropy", share, 4)):
+        assert parse_rule(str(rule)) == rule
+
+
 def test_counts_add_up() -> None:
     told = Speculated()
     told.add(3, 2, 1)
