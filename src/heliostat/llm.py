@@ -238,10 +238,14 @@ class LLM:
         member: str = "base",
         sampling: Sampling | None = None,
         schema: Schema | None = None,
+        speculation: str | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """One answer, piece by piece as it becomes certain; leaving the loop early frees its pages."""
-        wish, rule = sampling or Sampling(**options), self.wanted.rule(None)
+        """One answer, piece by piece as it becomes certain; leaving the loop early frees its pages.
+
+        ``speculation``: as for ``generate``.
+        """
+        wish, rule = sampling or Sampling(**options), self.wanted.rule(speculation)
         for piece in self._run([self._request(prompt, member, wish, schema, rule)]):
             if piece.text:
                 yield piece.text

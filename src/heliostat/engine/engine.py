@@ -152,10 +152,13 @@ class Engine:
     def unload(self, names: Collection[str]) -> None:
         """Let modules go, between two steps; weights that no other module runs on are given up, adapters taken off.
 
-        Refused, and nothing is changed, for a name that is not loaded or that an unfinished request needs. Pages
-        they wrote stay until others need them: their keys say which weights wrote them, so none is ever wrong.
+        Refused, and nothing is changed, for a name that is not loaded, that an unfinished request needs or whose adapter
+        drafts. Pages they wrote stay until others need them: their keys say which weights wrote them, so none is ever wrong.
         """
         self._refuse_missing(names)
+        draft = self.speculator.drafting.module if self.speculator is not None else None
+        if draft is not None and draft.adapter is not None and draft.name in names:
+            raise Refused(f"module {draft.name!r} drafts here: it stays as long as it does")
         needed = {name for request in self.scheduler.requests for name in request.needs}
         if busy := sorted(needed.intersection(names)):
             raise Refused(

@@ -64,8 +64,11 @@ def test_answers_are_the_same_with_a_module_of_another_shape(family: Path) -> No
     )
     assert drafted.ids == plain.ids and (drafted.rule, off.rule, plain.rule) == ("lossless", None, None)
     assert drafted.speculated.drafted > off.speculated.drafted == plain.speculated.drafted == 0
+    assert "".join(llm.stream("hello world", speculation="off", **asked)) == plain.text
     with pytest.raises(Refused, match="'judged' is not allowed here"):
         llm.generate("hello", speculation="judged")
+    with pytest.raises(Refused, match="'judged' is not allowed here"):
+        next(iter(llm.stream("hello", speculation="judged")))
 
 
 def test_a_draft_with_another_tokenizer_is_refused(family: Path, tmp_path: Path) -> None:

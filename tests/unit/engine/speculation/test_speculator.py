@@ -122,3 +122,14 @@ def test_a_draft_on_its_own_pages_that_was_too_dear_is_tried_and_comes_back(
     for number in range(4):
         run(engine, request := asked(engine, f"cheap {number}"))
     assert request.speculated.accepted > 80
+
+
+def test_an_adapter_that_drafts_is_not_taken_off(modules: dict[str, Loaded], tokenizer: Tokenizer) -> None:
+    own = {name: modules[name] for name in ("base", "a", "la")}
+    engine = make_engine(own, tokenizer, drafting=Drafting(module=modules["la"], adaptive=False, ahead=4))
+    with pytest.raises(Refused, match="module 'la' drafts here"):
+        engine.unload(["la"])
+    request = asked(engine, "r")
+    run(engine, request)
+    assert request.speculated.drafted > 0
+    engine.unload(["base"])
