@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from heliostat.bench.birth import certificate
+from heliostat.bench.points import Points
 from heliostat.bench.speculated import ALWAYS, LOSSLESS, OFF
 from heliostat.build import read_family
 from heliostat.engine.request import Request, Sampling
@@ -27,7 +29,6 @@ from heliostat.engine.speculation.verifying import judge_turns, turns_of
 from heliostat.engine.speculation.wanted import AHEAD
 from heliostat.errors import Refused
 from heliostat.family import Row
-from heliostat.files import atomic_write_text, read_json
 from heliostat.judging.asked import load_pair, read_asked
 from heliostat.judging.choice import area_under, point_at
 from heliostat.judging.kept import Kept
@@ -104,29 +105,6 @@ class Measured:
                 raise Refused(f"{what} is {getattr(self, what)}; it must be at least 1")
 
 
-class Points:
-    """What was measured, by name, in one file; a point is never measured twice."""
-
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path = path
-        self.all: dict[str, Any] = {"facts": facts, "points": {}}
-        if path.exists():
-            self.all = read_json(path)
-            if self.all.get("facts") != facts:
-                raise Refused(
-                    f"{path} holds points of another family, other data or other options: choose another --out, or "
-                    "remove it"
-                )
-
-    def __call__(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The point of that name, measured now where it is not there."""
-        points = self.all["points"]
-        if name not in points:
-            points[name] = measure()
-            atomic_write_text(self.path, json.dumps(self.all, indent=1) + "\n")
-        return points[name]
-
-
 def measure(wish: Measured, *, tell: Tell = lambda line: None) -> dict[str, Any]:
     """Every point, and a birth certificate. Raises Refused for data or modules that do not fit."""
     out = Path(wish.out)
@@ -148,9 +126,18 @@ def measure(wish: Measured, *, tell: Tell = lambda line: None) -> dict[str, Any]
         points("by_result", lambda: _other(wish, "by-result", labels="result"))
     tell("other members")
     points("transfer", lambda: _transfer(wish, tell))
-    command = f"heliostat bench speculate {wish.family} --draft {wish.draft} --prompts {wish.prompts} --test {wish.test}"
-    points("birth", lambda: certificate(command, repeats=wish.repeats, seconds=time.perf_counter() - begin))
+    points(
+        "birth",
+        lambda: certificate(_command(wish), repeats=wish.repeats, seconds=time.perf_counter() - begin),
+    )
     return points.all
+
+
+def _command(wish: Measured) -> str:
+    words = ["heliostat", "bench", "speculate", wish.family, "--draft", wish.draft, "--prompts", wish.prompts]
+    words += ["--test", wish.test] + (["--held-out", wish.held_out] if wish.held_out else [])
+    members = ",".join(f"{name}={data}" for name, data in wish.members.items())
+    return shlex.join(words + (["--members", members] if members else []))
 
 
 def _facts(wish: Measured) -> dict[str, Any]:
