@@ -17,8 +17,8 @@ PRIOR = 4.0
 """Tokens for which everybody's rate counts in a new request's own."""
 WINDOW = 32
 """Steps that are remembered of each kind."""
-BURST = 3
-"""Steps that the other kind is tried for: in the first ones a draft on its own pages may only catch up."""
+PLAIN, DRAFTING = 3, 8
+"""Steps of each kind that are measured before it is judged: how many tokens drafts bring is a matter of luck."""
 TRIAL = 32
 """Steps after which it is tried; twice as many each time that it loses again."""
 RARELY = 1024
@@ -62,12 +62,14 @@ class Took:
 class Kind:
     """The latest steps of one kind."""
 
+    enough: int
+    """Steps to judge it by."""
     steps: deque[Took] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     @property
     def known(self) -> bool:
-        """Whether there are enough of them to go by."""
-        return len(self.steps) >= BURST - 1
+        """Whether there are enough of them."""
+        return len(self.steps) >= self.enough
 
     def median(self, what: str) -> float:
         """Of one number of the steps."""
@@ -79,61 +81,58 @@ class Kind:
         said = sum(took.said for took in self.steps)
         return self.median("seconds") * len(self.steps) / max(1, said)
 
-    def fade(self) -> None:
-        """Of what was, less than a burst counts beside what comes."""
-        self.steps = deque(list(self.steps)[1 - BURST :], WINDOW)
-
 
 @dataclass(slots=True)
 class Choice:
     """Between the two kinds of steps, for batches of about one size."""
 
-    plain: Kind = field(default_factory=Kind)
-    drafting: Kind = field(default_factory=Kind)
+    plain: Kind = field(default_factory=lambda: Kind(PLAIN))
+    drafting: Kind = field(default_factory=lambda: Kind(DRAFTING))
     passes: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     """Seconds of passes of the draft."""
-    better: bool = False
-    """Whether steps with drafts are."""
-    left: int = 0
-    """Steps for which the other kind is still tried."""
+    row: float = 0.0
+    """Seconds that a row more takes in a pass of the speaker."""
+    drafts: bool = False
+    """Whether the next step is one with drafts."""
+    _tries: bool = False
+    """Whether that is only to see what it takes."""
     _since: int = 0
+    """Steps since the last trial."""
     _pause: int = TRIAL
-
-    @property
-    def drafts(self) -> bool:
-        """Whether the next step is one with drafts."""
-        if not self.plain.known:
-            return False
-        if not self.drafting.known:
-            return True
-        return self.better != (self.left > 0)
 
     def learn(self, drafted: bool, took: Took) -> None:
         """A step has run."""
-        (self.drafting if drafted else self.plain).steps.append(took)
-        if not (self.plain.known and self.drafting.known):
+        own, other = (self.drafting, self.plain) if drafted else (self.plain, self.drafting)
+        own.steps.append(took)
+        if not own.known:
             return
-        if self.left:
-            self.left -= 1
-        better = self.drafting.cost <= self.plain.cost
-        if better != self.better:
-            self.better, self.left, self._since, self._pause = better, 0, 0, TRIAL
-            return
+        if not other.known:
+            return self._try(not drafted)
+        self._weigh_a_row()
+        worse = own.cost > other.cost
         self._since += 1
-        if self._since >= self._pause:
-            self._since, self._pause, self.left = 0, min(2 * self._pause, RARELY), BURST
-            (self.plain if better else self.drafting).fade()
-            self.passes = deque(list(self.passes)[-1:], WINDOW)
+        if self._tries or worse:
+            lost = self._tries and worse
+            self._pause = min(2 * self._pause, RARELY) if lost else TRIAL
+            self.drafts, self._tries, self._since = drafted != worse, False, 0
+        elif self._since >= self._pause:
+            other.steps.clear()
+            self._try(not drafted)
+
+    def _try(self, drafts: bool) -> None:
+        self.drafts, self._tries = drafts, True
+        self.passes = deque(list(self.passes)[-1:], WINDOW)
+
+    def _weigh_a_row(self) -> None:
+        extra = self.drafting.median("rows") - self.plain.median("rows")
+        longer = self.drafting.median("speaking") - self.plain.median("speaking")
+        self.row = max(0.0, longer / extra) if extra > 0 else 0.0
 
     def worth(self) -> tuple[float, float]:
         """Tokens that a row more, and a pass of the draft more, must bring: what the same time brings else."""
-        if not (self.plain.known and self.drafting.known):
-            return 0.0, 0.0
-        extra = self.drafting.median("rows") - self.plain.median("rows")
-        longer = self.drafting.median("speaking") - self.plain.median("speaking")
-        row = max(0.0, longer / extra) if extra > 0 else 0.0
-        rate = 1 / min(self.plain.cost, self.drafting.cost)
-        return row * rate, _median(self.passes) * rate
+        costs = [kind.cost for kind in (self.plain, self.drafting) if kind.known]
+        rate = 1 / min(costs) if costs else 0.0
+        return self.row * rate, _median(self.passes) * rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +157,8 @@ class Lengths:
     """By the size of the batch, to the next power of two."""
     _now: Choice = field(default_factory=Choice)
     _drafts: bool = False
+    _catches_up: bool = False
+    """Whether nothing was drafted in the step before: a draft on its own pages has more to read than it drafts."""
 
     def forget(self, request: str) -> None:
         """It has ended."""
@@ -176,8 +177,9 @@ class Lengths:
     def begin(self, requests: int) -> bool:
         """Whether anything is to be drafted in a step where so many decode."""
         self._now = self._choices.setdefault(requests.bit_length(), Choice())
-        self._drafts = requests > 0 and (not self.adaptive or self._now.drafts)
-        return self._drafts
+        drafts = requests > 0 and (not self.adaptive or self._now.drafts)
+        self._drafts, self._catches_up = drafts, drafts and not self._drafts
+        return drafts
 
     def decide(self, wishes: Iterable[Wish]) -> dict[str, int]:
         """Tokens to draft for each that wishes; at least one, where there is to be drafted."""
@@ -203,7 +205,8 @@ class Lengths:
 
     def learn(self, took: Took) -> None:
         """How long the step took, in which everybody only decoded."""
-        self._now.learn(self._drafts, took)
+        if not self._catches_up:
+            self._now.learn(self._drafts, took)
 
 
 def _median(numbers: Iterable[float]) -> float:

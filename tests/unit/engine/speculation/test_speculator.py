@@ -10,7 +10,7 @@ from heliostat.build import Loaded
 from heliostat.engine.engine import Engine
 from heliostat.engine.request import Request, Sampling
 from heliostat.engine.runner import Runner
-from heliostat.engine.speculation.lengths import BURST
+from heliostat.engine.speculation.lengths import DRAFTING
 from heliostat.engine.speculation.rule import LOSSLESS
 from heliostat.engine.speculation.speculator import Drafting
 from heliostat.errors import Refused
@@ -117,7 +117,7 @@ def test_a_draft_on_its_own_pages_that_was_too_dear_is_tried_and_comes_back(
     for number in range(2):
         run(engine, asked(engine, f"dear {number}"))
     tried = machine.passes
-    assert 0 < tried <= (BURST + 2) * 8 * 4, "it is tried ever more rarely"
+    assert 0 < tried <= (1 + DRAFTING) * 8 * 2, "it is tried ever more rarely"
     machine.draft = 0.01
     for number in range(4):
         run(engine, request := asked(engine, f"cheap {number}"))
