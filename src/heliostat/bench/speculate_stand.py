@@ -98,7 +98,7 @@ def make_target(folder: Path, data: Path, steps: int) -> Path:
 
 
 def make_draft(folder: Path, data: Path, steps: int) -> Path:
-    """A model of a tenth of the target, from scratch. (In three times the steps it comes to add up better than the target.)"""
+    """A model of a tenth of the target, from scratch. (In three times the steps it comes to add up better than that.)"""
     out = folder / "draft"
     if not out.exists():
         wanted = {"output_dir": str(out), "data": str(data), "tokenizer": str(EMBEDDED), "max_steps": steps}
