@@ -159,6 +159,7 @@ def command(launch: Launch, *, python: str = sys.executable) -> Command:
     words += ["--kv-cache-memory-bytes", str(launch.cache_mib << 20)]
     words += ["--served-model-name", _served(launch), "--generation-config", "vllm"]
     words += ["--middleware", "heliostat.vllm.front.Front"]
+    words.append("--enable-prompt-tokens-details")  # or nobody hears how much was found again
     words += ["--enable-prefix-caching" if launch.caches else "--no-enable-prefix-caching"]
     if launch.tensor_parallel > 1:
         words += ["--tensor-parallel-size", str(launch.tensor_parallel)]
