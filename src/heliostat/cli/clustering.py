@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from heliostat.cli.printing import note, print_table
+from heliostat.cli.serving import AllowHost
 
 Fam = Annotated[Path, typer.Argument(metavar="FAM", help="Folder of the family.")]
 NodesFile = Annotated[Path, typer.Option(help="YAML file of machines; docs/scale-out.md says what.")]
@@ -49,6 +50,7 @@ def render(
         str, typer.Option(help="Interpreter with vLLM and heliostat on the nodes.")
     ] = "python3",
     image: Annotated[str, typer.Option(help="Of containers.")] = "heliostat-vllm",
+    allow_host: AllowHost = None,
     member: Member = None,
 ) -> None:
     """The exact vllm commands, module by module, as texts to apply; the modules are exported beside the family."""
@@ -57,7 +59,9 @@ def render(
     from heliostat.serve.render import Means
     from heliostat.serve.rendering import texts
 
-    means = Means(family=at or str(family.resolve()), python=python, image=image)
+    means = Means(
+        family=at or str(family.resolve()), python=python, image=image, hosts=tuple(allow_host or ())
+    )
     found = texts(family, read(nodes), format, means, member or None)
     for name, text in found.items():
         if out is None:

@@ -9,23 +9,26 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from heliostat.errors import Refused
-from heliostat.serve.nodes import CPU, Standing
+from heliostat.serve.hosts import is_address
+from heliostat.serve.nodes import CPU, EVERYWHERE, KEY, Standing
 from heliostat.vllm.launch import Command
 
 FORMATS = ("systemd", "kubernetes", "ray")
-KEY = "VLLM_API_KEY"
-"""The variable in which vLLM looks for its key."""
 SECRET = "heliostat-key"
 """Name of the Kubernetes secret that holds it, under ``key``."""
 CLUSTER_FILE = "cluster.yaml"
 ROUTER_PORT = 8000
+ROUTER = "heliostat"
+"""Name of the Kubernetes service that is the router."""
+NAMESPACE = "NAMESPACE"
+"""The variable in which a pod has its namespace."""
 STOP_SECONDS = 60
 STARTS = 180
 """Times that Kubernetes looks, ten seconds apart, until it starts again what has not begun."""
@@ -51,10 +54,23 @@ class Means:
     """Interpreter with vLLM and heliostat on the nodes."""
     image: str = "heliostat-vllm"
     """Of containers."""
-    address: str = "0.0.0.0"
+    address: str = EVERYWHERE
     """On which the router listens."""
+    hosts: tuple[str, ...] = ()
+    """Names under which its clients ask it; any address will do as it is."""
     keys: str = "keys.yaml"
     """File of API keys of the router's clients, beside the cluster file."""
+
+    def __post_init__(self) -> None:
+        if not PurePosixPath(self.family).is_absolute():
+            raise Refused(
+                f"--at {self.family}: units and containers start nowhere in particular; give a whole path"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which the router lets itself be asked."""
+        return self.hosts if is_address(self.address) else (*self.hosts, self.address)
 
 
 def rendered(form: str, started: Sequence[Started], cluster: str, means: Means) -> dict[str, str]:
@@ -69,7 +85,8 @@ def router_words(means: Means, folder: str) -> list[str]:
     """The command of our server in front."""
     there = str(PurePosixPath(means.python).with_name("heliostat")) if "/" in means.python else "heliostat"
     words = [there, "serve", means.family, "--cluster", f"{folder}/{CLUSTER_FILE}"]
-    return [*words, "--host", means.address, "--port", str(ROUTER_PORT), "--keys", f"{folder}/{means.keys}"]
+    words += ["--host", means.address, "--port", str(ROUTER_PORT), "--keys", f"{folder}/{means.keys}"]
+    return [*words, *(word for name in means.names for word in ("--allow-host", name))]
 
 
 # ---- systemd
@@ -205,11 +222,15 @@ def _service(one: Started, label: str) -> dict[str, Any]:
 
 
 def _router(means: Means) -> list[dict[str, Any]]:
+    # Kubernetes puts the namespace into the command.
+    short = f"{ROUTER}.$({NAMESPACE})"
+    means = replace(means, hosts=(ROUTER, short, f"{short}.svc", f"{short}.svc.cluster.local", *means.hosts))
+    namespace = {"name": NAMESPACE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}
     container = {
         "name": "router",
         "image": means.image,
         "command": router_words(means, "/etc/heliostat"),
-        "env": [_secret()],
+        "env": [_secret(), namespace],
         "ports": [{"containerPort": ROUTER_PORT}],
         # It listens when the servers it waits for have loaded their weights.
         "startupProbe": {**_probe("/live", ROUTER_PORT, 10), "failureThreshold": STARTS},
@@ -226,7 +247,7 @@ def _router(means: Means) -> list[dict[str, Any]]:
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": "heliostat"},
+        "metadata": {"name": ROUTER},
         "spec": {"selector": {"heliostat": "router"}, "ports": [{"port": ROUTER_PORT}]},
     }
     return [_deployed("heliostat-router", {"heliostat": "router"}, pod), service]
@@ -294,8 +315,14 @@ def ray(started: Sequence[Started], cluster: str, means: Means) -> dict[str, str
             "family": means.family,
             "cluster": cluster,
             "keys": f"/etc/heliostat/{means.keys}",
+            "hosts": list(means.names),
             "servers": servers,
         },
     }
-    content = {"http_options": {"host": means.address, "port": ROUTER_PORT}, "applications": [application]}
+    content: dict[str, Any] = {
+        "http_options": {"host": means.address, "port": ROUTER_PORT},
+        "applications": [application],
+    }
+    if means.address != EVERYWHERE:
+        content["proxy_location"] = "HeadOnly"  # or each node would try to listen there
     return {"ray.yaml": yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, width=10**6)}

@@ -25,7 +25,7 @@ from heliostat.serve.cluster import read as read_cluster
 from heliostat.serve.connections import capped
 from heliostat.serve.crew import Alone, Crew, named
 from heliostat.serve.dispatch import Dispatcher
-from heliostat.serve.gate import host_names, is_loopback
+from heliostat.serve.hosts import host_names, is_loopback
 from heliostat.serve.http_layout import groups_of, with_modules
 from heliostat.serve.http_processes import servers
 from heliostat.serve.keys import Keys

@@ -14,19 +14,29 @@ import yaml
 from heliostat.errors import Refused
 from heliostat.serve.cluster import Terms
 from heliostat.serve.cluster import read as read_cluster
-from heliostat.serve.nodes import Node, Nodes
+from heliostat.serve.hosts import host_names, knows
+from heliostat.serve.nodes import EVERYWHERE, Node, Nodes
 from heliostat.serve.render import Means, rendered
 from heliostat.serve.rendering import sized, texts
 from heliostat.vllm.asked import Settings
 
 GPU = Node(name="n1", address="10.0.0.1", devices=2, memory=40960)
+SECOND = replace(GPU, name="n2", address="10.0.0.2")
 CPU = Node(name="n2", address="10.0.0.2", device="cpu", devices=4, memory=65536)
 TERMS = Terms(transfer="nixl", key_env="VLLM_API_KEY", dtype="float32")
 MEANS = Means(family="/srv/fam", python="/opt/heliostat/bin/python")
 
 
-def made(folder: Path, form: str, *nodes: Node, terms: Terms = TERMS, **more: Any) -> dict[str, str]:
-    return texts(folder, Nodes(nodes or (GPU, CPU), terms, "10.0.0.1"), form, MEANS, **more)
+def made(
+    folder: Path,
+    form: str,
+    *nodes: Node,
+    terms: Terms = TERMS,
+    router: str = EVERYWHERE,
+    means: Means = MEANS,
+    **more: Any,
+) -> dict[str, str]:
+    return texts(folder, Nodes(nodes or (GPU, SECOND), terms, router), form, means, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +76,59 @@ def test_units_say_every_server_exactly(tiny_family: Path, tmp_path: Path) -> No
         assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] in (place.url or "")
     router = words_of(found["router/heliostat-router.service"])
     assert router[:2] == ["/opt/heliostat/bin/heliostat", "serve"] and "--keys" in router
+
+
+def allowed(words: list[str]) -> frozenset[str]:
+    """Names that a router's command lets it be asked by, in the namespace ``team``."""
+    found = [words[n + 1] for n, word in enumerate(words) if word == "--allow-host"]
+    return host_names(name.replace("$(NAMESPACE)", "team") for name in found)
+
+
+def router_of(manifests: str) -> Any:
+    """The router's container."""
+    found = [d for d in yaml.safe_load_all(manifests) if d["metadata"]["name"] == "heliostat-router"]
+    (container,) = found[0]["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def test_the_router_is_reached_by_its_names(tiny_family: Path) -> None:
+    means = replace(MEANS, hosts=("llm.example",))
+    unit = made(tiny_family, "systemd", means=means)["router/heliostat-router.service"]
+    assert knows(allowed(words_of(unit)), "llm.example:8000") and not knows(allowed(words_of(unit)), "evil")
+    router = router_of(made(tiny_family, "kubernetes", means=means)["kubernetes.yaml"])
+    names = ("heliostat", "heliostat.team", "heliostat.team.svc", "heliostat.team.svc.cluster.local")
+    for name in (*names, "llm.example"):
+        assert knows(allowed(router["command"]), f"{name}:8000"), name
+    (namespace,) = [entry for entry in router["env"] if entry["name"] == "NAMESPACE"]
+    assert namespace["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
+    args = yaml.safe_load(made(tiny_family, "ray", means=means)["ray.yaml"])["applications"][0]["args"]
+    assert args["hosts"] == ["llm.example"]
+
+
+def test_the_router_listens_where_it_is_told(tiny_family: Path) -> None:
+    words = words_of(made(tiny_family, "systemd", router="llm.lan")["router/heliostat-router.service"])
+    assert words[words.index("--host") + 1] == "llm.lan" and knows(allowed(words), "llm.lan:8000")
+    words = words_of(made(tiny_family, "systemd")["router/heliostat-router.service"])
+    assert words[words.index("--host") + 1] == EVERYWHERE and not allowed(words)
+    content = yaml.safe_load(made(tiny_family, "ray", router="10.0.0.9")["ray.yaml"])
+    assert (content["http_options"]["host"], content["proxy_location"]) == ("10.0.0.9", "HeadOnly")
+    with pytest.raises(Refused, match="leave router out"):
+        made(tiny_family, "kubernetes", router="10.0.0.9")
+
+
+def test_pages_are_those_of_the_nodes_and_not_of_who_renders(tiny_family: Path) -> None:
+    small = replace(TERMS, page_size=16)
+    for name, text in made(tiny_family, "systemd", terms=small).items():
+        if name.startswith("n1/"):
+            words = words_of(text)
+            assert words[words.index("--block-size") + 1] == "16"
+    with pytest.raises(Refused, match="multiples of 32"):
+        made(tiny_family, "systemd", CPU, terms=small)
+
+
+def test_paths_on_the_nodes_are_whole() -> None:
+    with pytest.raises(Refused, match="--at srv/fam"):
+        Means(family="srv/fam", python="python3")
 
 
 def test_no_text_holds_a_key(tiny_family: Path) -> None:
