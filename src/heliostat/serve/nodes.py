@@ -17,11 +17,10 @@ from heliostat.files import read_yaml
 from heliostat.serve.cluster import ROLES, Terms, counted, refuse_unknown, terms_of, words
 from heliostat.serve.http_layout import Group
 from heliostat.serve.protocol import Role
+from heliostat.vllm.launch import KEY
 
 EXAMPLE = "lines like `nodes: [{name: n1, address: 10.0.0.1, devices: 8, memory: 81920}]`"
 CUDA, CPU = "cuda", "cpu"
-KEY = "VLLM_API_KEY"
-"""The variable in which vLLM looks for its key, and so the name under which texts hand it on."""
 EVERYWHERE = "0.0.0.0"
 USED = 0.9
 """Part of a device's memory that servers take together."""

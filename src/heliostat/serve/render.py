@@ -17,8 +17,8 @@ import yaml
 
 from heliostat.errors import Refused
 from heliostat.serve.hosts import is_address
-from heliostat.serve.nodes import CPU, EVERYWHERE, KEY, Standing
-from heliostat.vllm.launch import Command
+from heliostat.serve.nodes import CPU, EVERYWHERE, Standing
+from heliostat.vllm.launch import KEY, Command
 
 FORMATS = ("systemd", "kubernetes", "ray")
 SECRET = "heliostat-key"

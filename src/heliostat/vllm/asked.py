@@ -29,6 +29,7 @@ class Settings(Facts, frozen=True, kw_only=True):
     folder: str
     keep_mib: int
     lease: float
+    keyed: bool = False
 
 
 class Wrong(msgspec.Struct, frozen=True):

@@ -21,6 +21,8 @@ CPU_PAGE = 32
 """vLLM's attention on processors takes pages of multiples of this."""
 SIDE = 1000
 """With ``nixl`` a worker also listens at its port and this, where others ask how to reach its memory."""
+KEY = "VLLM_API_KEY"
+"""Environment variable in which vLLM looks for its key: without one it answers anybody."""
 SETTINGS = "HELIOSTAT_WORKER"
 """Environment variable by which a process knows what it is: ``Settings`` as JSON."""
 
@@ -73,6 +75,8 @@ class Launch:
     tensor_parallel: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
+    keyed: bool = False
+    """Whether the process ends where ``KEY`` is not set, or empty."""
     transfer: str = FILES
     """``files``, ``nixl``, or the name of another connector of vLLM."""
     transfer_options: Mapping[str, Any] = field(default_factory=dict)
@@ -227,11 +231,12 @@ def settings(launch: Launch) -> dict[str, Any]:
         "folder": launch.folder,
         "keep_mib": launch.keep_mib,
         "lease": launch.lease,
+        "keyed": launch.keyed,
     }
 
 
 def environment(launch: Launch) -> dict[str, str]:
-    """Variables of the process. Secrets are not among them: whoever starts it sets VLLM_API_KEY."""
+    """Variables of the process. Secrets are not among them: whoever starts it sets ``KEY``."""
     found = {
         SETTINGS: json.dumps(settings(launch)),
         "VLLM_NO_USAGE_STATS": "1",

@@ -72,6 +72,7 @@ def test_units_say_every_server_exactly(tiny_family: Path, tmp_path: Path) -> No
         environment = dict(shlex.split(line)[0].split("=", 1) for line in lines)
         settings = settings_of(environment)
         assert settings.worker == place.name and settings.role == place.roles[0]
+        assert settings.keyed, "or without key.env it would answer anybody"
         assert {name.partition("#")[0] for name in settings.modules} >= set(place.modules or ())
         assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] in (place.url or "")
     router = words_of(found["router/heliostat-router.service"])
