@@ -29,9 +29,22 @@ ROUTER = "heliostat"
 """Name of the Kubernetes service that is the router."""
 NAMESPACE = "NAMESPACE"
 """The variable in which a pod has its namespace."""
+USER = "heliostat"
+"""As whom systemd runs servers and router."""
 STOP_SECONDS = 60
 STARTS = 180
 """Times that Kubernetes looks, ten seconds apart, until it starts again what has not begun."""
+LOOKS = 6
+"""The same for what has begun: a server under load may answer late, and ours asks elsewhere meanwhile."""
+LOOK_SECONDS = 5
+"""For the answer of one server."""
+ASKING = (
+    "import sys, urllib.request as r; o = r.build_opener(r.ProxyHandler({})); "
+    "[o.open(f'http://127.0.0.1:{p}/health') for p in sys.argv[1:]]"
+)
+"""A program that fails where one of the servers at these ports does not answer, or is not well."""
+SHARED_MIB = 2048
+"""What a server may take of /dev/shm, by which its processes talk: an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,7 @@ def systemd(started: Sequence[Started], cluster: str, means: Means) -> dict[str,
             one.command.words,
             one.environment,
         )
+    # The router's key of the servers is the same line of the same file.
     words = router_words(means, "/etc/heliostat")
     found["router/heliostat-router.service"] = _unit("heliostat: router", words, {})
     return found
@@ -116,10 +130,12 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
         "StartLimitIntervalSec=0",
         "",
     ]
-    lines += ["[Service]", "Type=exec"]
+    lines += ["[Service]", "Type=exec", f"# Make it once: useradd --system {USER}", f"User={USER}"]
+    # Libraries keep what they compile at home, which a user of the system has not.
+    lines += [f"CacheDirectory={USER}", f"Environment=HOME=%C/{USER}"]
     lines += [f"Environment={_quoted(f'{name}={value}')}" for name, value in environment.items()]
     lines += [f"# {KEY}=..., readable by root only", "EnvironmentFile=/etc/heliostat/key.env"]
-    lines += [f"ExecStart={' '.join(map(_quoted, words))}"]
+    lines += [f"ExecStart={' '.join(_quoted(word.replace('$', '$$')) for word in words)}"]
     lines += ["Restart=always", "RestartSec=5"]
     lines += [
         f"TimeoutStopSec={STOP_SECONDS}",
@@ -132,8 +148,8 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
 
 
 def _quoted(word: str) -> str:
-    """As systemd reads it: no variable and no specifier is meant."""
-    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$").replace("%", "%%")
+    """As systemd reads it: no specifier is meant. A dollar means something in commands alone."""
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return plain if word and all(c.isalnum() or c in "/._=-:+,@#" for c in word) else f'"{plain}"'
 
 
@@ -168,36 +184,59 @@ def _config_map(cluster: str) -> dict[str, Any]:
 
 def _deployment(together: Sequence[Started], label: str, means: Means) -> dict[str, Any]:
     first = together[0].standing
-    resources = {} if first.node.device == CPU else {"limits": {"nvidia.com/gpu": len(first.devices)}}
     container = {
         "name": "vllm",
         "image": means.image,
         "command": ["/bin/bash", "-c", _together(together)],
         "env": [_secret()],
         "ports": [{"containerPort": one.standing.port} for one in together],
-        "resources": resources,
-        "readinessProbe": _probe("/health", first.port, 10),
-        "startupProbe": {**_probe("/health", first.port, 10), "failureThreshold": STARTS},
+        "resources": _resources(first),
+        "readinessProbe": _all_healthy(together, means),
+        "startupProbe": {**_all_healthy(together, means), "failureThreshold": STARTS},
+        "livenessProbe": {**_all_healthy(together, means), "failureThreshold": LOOKS},
         "volumeMounts": [_mount("family", means.family, read_only=True), _mount("shm", "/dev/shm")],
     }
+    shared = {"medium": "Memory", "sizeLimit": f"{SHARED_MIB * len(together)}Mi"}
     pod = {
         "containers": [container],
         "nodeSelector": {"kubernetes.io/hostname": first.node.name},
         "terminationGracePeriodSeconds": STOP_SECONDS,
-        "volumes": [*_family(), {"name": "shm", "emptyDir": {"medium": "Memory"}}],
+        "volumes": [*_family(), {"name": "shm", "emptyDir": shared}],
     }
     return _deployed(f"heliostat-{label}"[:63].rstrip("-"), {"heliostat": label}, pod)
 
 
 def _together(together: Sequence[Started]) -> str:
-    """All servers of a slot; when one ends the container does, and is started again."""
+    """All servers of a slot; when one ends the container does, and is started again.
+
+    The first process of a container hears no signal that it does not ask for: the shell hands SIGTERM on, and waits.
+    """
     lines = []
     for one in together:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in one.environment.items())
         lines.append(f"{settings} {shlex.join(one.command.words)}")
     if len(lines) == 1:
         return f"exec env {lines[0]}"
-    return "\n".join([*(f"env {line} &" for line in lines), "wait -n"])
+    servers = [f'env {line} & pids="$pids $!"' for line in lines]
+    return "\n".join(["pids=", "trap 'kill $pids; wait; exit 143' TERM", *servers, "wait -n"])
+
+
+def _all_healthy(together: Sequence[Started], means: Means) -> dict[str, Any]:
+    """A probe that asks every server of the container."""
+    ports = [one.standing.port for one in together]
+    if len(ports) == 1:
+        return _probe("/health", ports[0], 10)
+    command = [means.python, "-c", ASKING, *map(str, ports)]
+    return {"exec": {"command": command}, "periodSeconds": 10, "timeoutSeconds": LOOK_SECONDS * len(ports)}
+
+
+def _resources(first: Standing) -> dict[str, Any]:
+    """GPUs are given whole. On processors no limit of them: Kubernetes may answer that with others than the servers are
+    told to take."""
+    if first.node.device != CPU:
+        return {"limits": {"nvidia.com/gpu": len(first.devices)}}
+    memory = f"{first.node.memory}Mi"
+    return {"requests": {"cpu": len(first.devices), "memory": memory}, "limits": {"memory": memory}}
 
 
 def service_name(server: str) -> str:
@@ -268,7 +307,8 @@ def _deployed(name: str, labels: Mapping[str, str], pod: Mapping[str, Any]) -> d
 
 
 def _probe(path: str, port: int, seconds: int) -> dict[str, Any]:
-    return {"httpGet": {"path": path, "port": port}, "periodSeconds": seconds, "timeoutSeconds": 5}
+    asked = {"path": path, "port": port}
+    return {"httpGet": asked, "periodSeconds": seconds, "timeoutSeconds": LOOK_SECONDS}
 
 
 def _secret() -> dict[str, Any]:

@@ -5,9 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 import yaml
 
@@ -15,44 +13,24 @@ from heliostat.errors import Refused
 from heliostat.serve.cluster import Terms
 from heliostat.serve.cluster import read as read_cluster
 from heliostat.serve.hosts import host_names, knows
-from heliostat.serve.nodes import EVERYWHERE, Node, Nodes
-from heliostat.serve.render import Means, rendered
-from heliostat.serve.rendering import sized, texts
-from heliostat.vllm.asked import Settings
-
-GPU = Node(name="n1", address="10.0.0.1", devices=2, memory=40960)
-SECOND = replace(GPU, name="n2", address="10.0.0.2")
-CPU = Node(name="n2", address="10.0.0.2", device="cpu", devices=4, memory=65536)
-TERMS = Terms(transfer="nixl", key_env="VLLM_API_KEY", dtype="float32")
-MEANS = Means(family="/srv/fam", python="/opt/heliostat/bin/python")
-
-
-def made(
-    folder: Path,
-    form: str,
-    *nodes: Node,
-    terms: Terms = TERMS,
-    router: str = EVERYWHERE,
-    means: Means = MEANS,
-    **more: Any,
-) -> dict[str, str]:
-    return texts(folder, Nodes(nodes or (GPU, SECOND), terms, router), form, means, **more)
+from heliostat.serve.nodes import EVERYWHERE, Nodes
+from heliostat.serve.render import rendered
+from heliostat.serve.rendering import sized
+from tests.unit.serve.rendered import (
+    CPU,
+    GPU,
+    MEANS,
+    TERMS,
+    made,
+    router_of,
+    settings_of,
+    words_of,
+)
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "very secret")
-
-
-def words_of(unit: str) -> list[str]:
-    (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
-    return [
-        word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line.removeprefix("ExecStart="))
-    ]
-
-
-def settings_of(environment: dict[str, str]) -> Settings:
-    return msgspec.json.decode(environment["HELIOSTAT_WORKER"], type=Settings)
 
 
 def test_units_say_every_server_exactly(tiny_family: Path, tmp_path: Path) -> None:
@@ -83,13 +61,6 @@ def allowed(words: list[str]) -> frozenset[str]:
     """Names that a router's command lets it be asked by, in the namespace ``team``."""
     found = [words[n + 1] for n, word in enumerate(words) if word == "--allow-host"]
     return host_names(name.replace("$(NAMESPACE)", "team") for name in found)
-
-
-def router_of(manifests: str) -> Any:
-    """The router's container."""
-    found = [d for d in yaml.safe_load_all(manifests) if d["metadata"]["name"] == "heliostat-router"]
-    (container,) = found[0]["spec"]["template"]["spec"]["containers"]
-    return container
 
 
 def test_the_router_is_reached_by_its_names(tiny_family: Path) -> None:
@@ -125,11 +96,6 @@ def test_pages_are_those_of_the_nodes_and_not_of_who_renders(tiny_family: Path) 
             assert words[words.index("--block-size") + 1] == "16"
     with pytest.raises(Refused, match="multiples of 32"):
         made(tiny_family, "systemd", CPU, terms=small)
-
-
-def test_paths_on_the_nodes_are_whole() -> None:
-    with pytest.raises(Refused, match="--at srv/fam"):
-        Means(family="srv/fam", python="python3")
 
 
 def test_no_text_holds_a_key(tiny_family: Path) -> None:
