@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -35,41 +37,38 @@ while :; do sleep 0.02; done
 """
 
 
-def begun(process: subprocess.Popen[bytes], folder: Path, count: int) -> list[int]:
-    """Process ids of the servers, when there are so many."""
-    path = folder / "begun"
-    while not path.exists() or len(path.read_text().split()) < count:
-        assert process.poll() is None
-        time.sleep(0.01)
-    return [int(word) for word in path.read_text().split()]
+@contextmanager
+def running(folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """The shell of a container with several servers, and these servers' process ids; all end with the block."""
+    server, begun = tmp_path / "server", tmp_path / "begun"
+    server.write_text(SERVER.format(tmp_path))
+    server.chmod(0o755)
+    begun.touch()
+    container, pids = several(folder, server), list[int]()
+    with subprocess.Popen(container["command"], start_new_session=True) as process:
+        try:
+            while len(pids) < len(container["ports"]):
+                assert process.poll() is None
+                time.sleep(0.01)
+                pids = [int(word) for word in begun.read_text().split()]
+            yield process, pids
+        finally:  # in a container they end with its first process
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_servers_of_one_container_end_in_good_order(tiny_family: Path, tmp_path: Path) -> None:
-    server = tmp_path / "server"
-    server.write_text(SERVER.format(tmp_path))
-    server.chmod(0o755)
-    container = several(tiny_family, server)
-    count = len(container["ports"])
-    with subprocess.Popen(container["command"]) as process:
-        begun(process, tmp_path, count)
+    with running(tiny_family, tmp_path) as (process, pids):
         process.terminate()
         assert process.wait() == 128 + signal.SIGTERM
-    assert len((tmp_path / "ended").read_text().splitlines()) == count, "each heard it, and was waited for"
+        ended = (tmp_path / "ended").read_text().splitlines()
+        assert len(ended) == len(pids), "each heard it, and was waited for"
 
 
 def test_a_container_ends_with_the_first_of_its_servers(tiny_family: Path, tmp_path: Path) -> None:
-    server = tmp_path / "server"
-    server.write_text(SERVER.format(tmp_path))
-    server.chmod(0o755)
-    container = several(tiny_family, server)
-    with subprocess.Popen(container["command"]) as process:
-        first, *others = begun(process, tmp_path, len(container["ports"]))
-        os.kill(first, signal.SIGKILL)
-        try:
-            assert process.wait() == 128 + signal.SIGKILL
-        finally:  # in a container they end with its first process
-            for number in others:
-                os.kill(number, signal.SIGKILL)
+    with running(tiny_family, tmp_path) as (process, pids):
+        os.kill(pids[0], signal.SIGKILL)
+        assert process.wait() == 128 + signal.SIGKILL
 
 
 def test_all_servers_of_a_container_are_looked_at(tiny_family: Path) -> None:
