@@ -62,6 +62,7 @@ POLICY = (
     "heliostat.serve.http_line",
     "heliostat.serve.http_orders",
     "heliostat.serve.http_watch",
+    "heliostat.serve.hosts",
     "heliostat.serve.nodes",
     "heliostat.serve.render",
     "heliostat.serve.protocol",

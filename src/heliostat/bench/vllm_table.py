@@ -1,9 +1,10 @@
-"""N separate vLLM servers, one vLLM server with an adapter for each member, and the family on one vLLM server: the same
-sessions by the same client through the same router, each system alone on the machine.
+"""N separate vLLM servers, one vLLM server with an adapter for each member, and the family on vLLM by each sharing: the
+same sessions by the same client through the same router, each system alone on the machine, in turns.
 
-    HELIOSTAT_VLLM=.venv-vllm/bin/python python -m heliostat.bench.vllm_table --shape 24M --members 3 --docs docs/results
+    HELIOSTAT_VLLM=.venv-vllm/bin/python python -m heliostat.bench.vllm_table --docs docs/results
 
-Kind (A): measured. Random weights, so that answers are passed on as ids and mean nothing. ``--plan`` prints what would run.
+Kind (A): measured. Random weights, so that answers are passed on as ids and mean nothing. A point is one system started
+once; points are kept, and one that is there is not measured again. ``--plan`` prints what would run.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import argparse
 import json
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from heliostat.bench.birth import certificate
-from heliostat.bench.decode import SHAPES, shape
+from heliostat.bench.comparing import Kept, Silent, decisive
+from heliostat.bench.decode import LONGEST, SHAPES, shape
 from heliostat.bench.gpu_vllm import Plan, made
+from heliostat.bench.vllm_page import SYSTEMS, page, picture, rows_of
 from heliostat.build import describe_module, read_family, write_family
 from heliostat.errors import Refused
 from heliostat.family import BASE, SHARINGS, Member
@@ -39,24 +42,28 @@ PAGE = 32
 """Positions."""
 STARTING = 900.0
 """Most seconds until a system answers."""
-NAMES = {
-    "separate": "a vLLM server for each member",
-    "adapters": "one vLLM server, an adapter for each member",
-    "family": "one vLLM server, the family in two streams",
-}
+WARM_UP = 2
+"""Sessions after each start that count for nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What every system is asked."""
 
-    shape: str
-    members: int
-    rate: float
-    sessions: int
-    repeats: int
-    seed: int
-    cache_mib: int
+    shape: str = "24M"
+    members: int = 3
+    rate: float = 0.5
+    """Sessions a second."""
+    sessions: int = 25
+    """Of a run."""
+    repeats: int = 4
+    """Runs of a start."""
+    rounds: int = 2
+    """Starts of each system; every other round in the opposite order."""
+    turns: int = 3
+    """Of a session: three calls each."""
+    seed: int = 0
+    cache_mib: int = 768
     """For pages, of all servers of a system together."""
     dtype: str = "bfloat16"
 
@@ -81,59 +88,52 @@ def family_of(folder: Path, load: Load) -> Path:
 
 def members_of(system: str, load: Load) -> list[str]:
     """Whom the client asks."""
-    kind = {"separate": "whole", "adapters": "adapted", "family": "streamed"}[system]
-    return [f"{kind}-{number}" for number in range(load.members)]
+    return [f"{SYSTEMS[system].kind}-{number}" for number in range(load.members)]
 
 
 def cluster_of(system: str, load: Load, place: Path) -> dict[str, Any]:
-    """The cluster file of one system: every server reads and speaks."""
-    roles = ["prefill", "decode"]
-    owns = [f"{member}.own" for member in members_of(system, load)]
-    hosted = [[own] for own in owns] if system == "separate" else [[BASE, *owns]]
+    """The cluster file of one system. Servers of it share the cores: each has its part, from the first again where there
+    are more servers than cores."""
+    both, owns = ["prefill", "decode"], [f"{member}.own" for member in members_of(system, load)]
+    hosted: list[tuple[list[str], list[str]]] = [(both, [BASE, *owns])]
+    if system == "separate":
+        hosted = [(both, [own]) for own in owns]
+    if system in ("prefillshare", "sun"):
+        readers, speakers = ([BASE], owns) if system == "prefillshare" else (owns, [BASE])
+        hosted = [(["prefill"], readers), (["decode"], speakers)]
     workers = [
         {"name": f"w{number}", "spawn": "vllm", "roles": roles, "modules": modules}
-        for number, modules in enumerate(hosted)
+        for number, (roles, modules) in enumerate(hosted)
     ]
-    terms = {"dtype": load.dtype, "page_size": PAGE, "max_length": 2048}
+    terms = {"dtype": load.dtype, "page_size": PAGE, "max_length": LONGEST}
     return {"family": str(place), "vllm": terms, "workers": workers}
 
 
-def words_of(system: str, load: Load, place: Path, file: Path) -> tuple[list[str], list[str]]:
-    """(the server's command, the client's): the latter without its url and its folder."""
-    members = members_of(system, load)
-    cache = str(load.cache_mib // (load.members if system == "separate" else 1))
-    server = ["heliostat", "serve", str(place), "--cluster", str(file), "--port", "0", "--cache-mib", cache]
-    server += ["--max-running", "32", *(word for member in members for word in ("--member", member))]
-    rates = ",".join([f"{load.rate:g}"] * load.repeats)
-    client = [
-        "heliostat",
-        "bench",
-        "client",
-        "--members",
-        ",".join(members),
-        "--rate",
-        rates,
-        "--pass-as",
-        "ids",
-    ]
-    client += [
-        "--sessions",
-        str(load.sessions),
-        "--seed",
-        str(load.seed),
-        "--workflow",
-        "react",
-        "--nonce",
-        "table",
-    ]
-    return server, client
+def server_words(system: str, load: Load, place: Path, file: Path) -> list[str]:
+    """The server's command."""
+    cache = load.cache_mib // len(cluster_of(system, load, place)["workers"])
+    words = ["heliostat", "serve", str(place), "--cluster", str(file), "--port", "0"]
+    words += ["--cache-mib", str(cache), "--max-running", "32"]
+    return [*words, *(word for member in members_of(system, load) for word in ("--member", member))]
+
+
+def client_words(system: str, load: Load, *, turn: int, warm: bool = False) -> list[str]:
+    """The client's command, without its url and its folder. No run finds what another left in a cache."""
+    sessions, repeats = (WARM_UP, 1) if warm else (load.sessions, load.repeats)
+    words = ["heliostat", "bench", "client", "--members", ",".join(members_of(system, load))]
+    words += ["--rate", ",".join([f"{load.rate:g}"] * repeats), "--sessions", str(sessions)]
+    words += ["--workflow", "react", "--turns", str(load.turns), "--pass-as", "ids", "--nonce", "table"]
+    return [*words, "--seed", str(load.seed + 2 * turn + warm)]
+
+
+def _run(words: Sequence[str]) -> list[str]:
+    return [sys.executable, "-c", "from heliostat.cli import main; main()", *words[1:]]
 
 
 @contextmanager
 def served(words: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
     """(url, process) of a server while it runs. Refused where it does not answer."""
-    started = [sys.executable, "-c", "from heliostat.cli import main; main()", *words[1:]]
-    process = subprocess.Popen(started, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(_run(words), stderr=subprocess.PIPE, text=True)
     address, ready = "", threading.Event()
 
     def read() -> None:
@@ -191,106 +191,95 @@ def _below(process: int) -> list[int]:
     return found
 
 
-def run(system: str, load: Load, place: Path, out: Path) -> dict[str, Any]:
-    """Measure one system."""
-    folder = out / system
+def point(system: str, load: Load, place: Path, folder: Path, *, turn: int) -> dict[str, Any]:
+    """Start a system once, and measure it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(cluster_of(system, load, place), sort_keys=False), encoding="utf-8")
-    server, client = words_of(system, load, place, file)
-    with served(server, folder / "server.log") as (url, process):
-        words = [sys.executable, "-c", "from heliostat.cli import main; main()", *client[1:], "--url", url]
-        subprocess.run([*words, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    with served(server_words(system, load, place, file), folder / "server.log") as (url, process):
+        for out, warm in ((folder / "warm", True), (folder, False)):
+            words = _run(client_words(system, load, turn=turn, warm=warm))
+            silent = subprocess.DEVNULL
+            subprocess.run(
+                [*words, "--url", url, "--out", str(out)], check=True, stdout=silent, stderr=silent
+            )
         memory = memory_mib(process)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return row_of(system, results["runs"], memory)
-
-
-def row_of(system: str, runs: Sequence[Mapping[str, Any]], memory: float) -> dict[str, Any]:
-    """One line of the table: medians over the runs."""
-
-    def middle(*path: str) -> float | None:
-        found = []
-        for one in runs:
-            value: Any = one
-            for key in path:
-                value = value.get(key) if isinstance(value, Mapping) else None
-            if isinstance(value, Mapping):
-                value = value.get("value")
-            if isinstance(value, int | float):
-                found.append(float(value))
-        return statistics.median(found) if found else None
-
+    lines = (folder / "requests.jsonl").read_text(encoding="utf-8").splitlines()
     return {
-        "system": system,
         "memory_mib": round(memory),
-        "goodput": middle("goodput", "share"),
-        "requests": middle("goodput", "requests"),
-        "session_p95": middle("session", "p95"),
-        "ttft_p95": middle("ttft", "p95"),
-        "answer_tokens": middle("throughput", "answer_tokens"),
-        "runs": len(runs),
+        "runs": results["runs"],
+        "sessions": sessions_of(map(json.loads, lines)),
     }
 
 
-def page(rows: Sequence[Mapping[str, Any]], load: Load, birth: Mapping[str, Any]) -> str:
-    """The page that is committed."""
-    heads = ["", "memory MiB", "goodput", "good requests/s", "session p95 s", "TTFT p95 s", "answer tokens/s"]
-    keys = ["memory_mib", "goodput", "requests", "session_p95", "ttft_p95", "answer_tokens"]
-    lines = ["# A family on vLLM, beside separate servers and adapters", ""]
-    lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for row in rows:
-        cells = ["-" if row[key] is None else f"{row[key]:.3g}" for key in keys]
-        lines.append(f"| {NAMES[row['system']]} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Medians of {load.repeats} runs of {load.sessions} ReAct sessions at {load.rate:g} a second, {load.members} "
-        f"members, shape {load.shape}, {load.dtype}, random weights; pages of {load.cache_mib} MiB for each system in all. "
-        "Systems ran one after the other; memory is of all processes, shared parts once (Pss). A 95th percentile of few "
-        "sessions says little.",
-        "",
-        f"`{birth['command']}`, {birth['hardware']}, commit {birth['commit']}, {birth['date']}.",
-        "",
-    ]
-    return "\n".join(lines)
+def sessions_of(records: Iterator[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``run/session`` -> its scheduled start, its end (seconds), and whether all of it was answered."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in records:
+        told = found.setdefault(
+            f"{one['run']}/{one['session']}", {"start": one["scheduled"], "end": 0.0, "answered": True}
+        )
+        told["start"] = min(told["start"], one["scheduled"])
+        told["end"] = max(told["end"], one["end"])
+        told["answered"] = told["answered"] and one["outcome"] == "answered"
+    return found
+
+
+def turns_of(load: Load) -> list[tuple[str, int]]:
+    """(system, round) in the order in which they are measured."""
+    names = list(SYSTEMS)
+    return [(name, n) for n in range(load.rounds) for name in (names[::-1] if n % 2 else names)]
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    usual = Load()
+    parser.add_argument("--shape", choices=SHAPES, default=usual.shape)
+    for name in ("members", "sessions", "repeats", "rounds", "turns", "seed", "cache_mib"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
+    parser.add_argument("--rate", type=float, default=usual.rate, help="sessions a second")
+    parser.add_argument("--points", type=int, default=None, help="end after so many more")
+    parser.add_argument("--docs", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path("out/bench/vllm-table"))
+    parser.add_argument("--plan", action="store_true", help="print the commands and end")
+    return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="24M")
-    parser.add_argument("--members", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=0.5, help="sessions a second")
-    parser.add_argument("--sessions", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache-mib", type=int, default=768)
-    parser.add_argument("--docs", type=Path, default=None)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/vllm-table"))
-    parser.add_argument("--plan", action="store_true", help="print the commands and end")
-    given = parser.parse_args(words)
-    load = Load(
-        given.shape, given.members, given.rate, given.sessions, given.repeats, given.seed, given.cache_mib
-    )
+    given = parsed(words)
+    load = Load(**{name: getattr(given, name) for name in asdict(Load()) if hasattr(given, name)})
     if given.plan:
-        for system in NAMES:
-            server, client = words_of(system, load, Path("FAM"), Path("cluster.yaml"))
-            print(
-                f"# {NAMES[system]}\n{yaml.safe_dump(cluster_of(system, load, Path('FAM')), sort_keys=False)}"
-            )
-            print(f"{shlex.join(server)}\n{shlex.join(client)}\n")
+        for system, told in SYSTEMS.items():
+            cluster = yaml.safe_dump(cluster_of(system, load, Path("FAM")), sort_keys=False)
+            server = server_words(system, load, Path("FAM"), Path("cluster.yaml"))
+            client = client_words(system, load, turn=0)
+            print(f"# {told.told}\n{cluster}\n{shlex.join(server)}\n{shlex.join(client)}\n")
         return
+    birth = certificate(f"python -m heliostat.bench.vllm_table {shlex.join(_asked(load))}".strip())
+    kept = Kept(given.out, {**decisive(birth), "load": asdict(load)})
+    missing = [(s, n) for s, n in turns_of(load) if f"{s}-{n}" not in kept.found][: given.points]
     with tempfile.TemporaryDirectory() as folder:
-        place = family_of(Path(folder), load)
-        rows = [run(system, load, place, given.out) for system in NAMES]
-    birth = certificate(
-        shlex.join([Path(sys.executable).name, "-m", "heliostat.bench.vllm_table", *sys.argv[1:]])
-    )
-    text = json.dumps({"birth": birth, "rows": rows}, indent=1) + "\n"
-    for folder_ in filter(None, (given.out, given.docs)):
+        place = family_of(Path(folder), load) if missing else Path()
+        for system, turn in missing:
+            name = f"{system}-{turn}"
+            kept.get(name, partial(point, system, load, place, given.out / name, turn=turn), Silent())
+    rows = rows_of(kept.found)
+    text = json.dumps({"birth": birth, "load": asdict(load), "rows": rows}, indent=1) + "\n"
+    done = len(kept.found) == len(turns_of(load))
+    for folder_ in filter(None, (given.out, given.docs if done else None)):
         atomic_write_text(folder_ / "vllm-table.json", text)
-        atomic_write_text(folder_ / "vllm-table.md", page(rows, load, birth))
-    print(page(rows, load, birth))
+        atomic_write_text(folder_ / "vllm-table.svg", picture(rows))
+        atomic_write_text(folder_ / "vllm-table.md", page(rows, load=asdict(load), birth=birth))
+    print(page(rows, load=asdict(load), birth=birth))
+
+
+def _asked(load: Load) -> list[str]:
+    usual = asdict(Load())
+    changed = {name: value for name, value in asdict(load).items() if value != usual[name]}
+    return [word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from heliostat.cli.printing import note, print_table
+from heliostat.cli.serving import AllowHost
 
 Fam = Annotated[Path, typer.Argument(metavar="FAM", help="Folder of the family.")]
 NodesFile = Annotated[Path, typer.Option(help="YAML file of machines; docs/scale-out.md says what.")]
@@ -26,24 +27,11 @@ def _cluster() -> None:
 @cluster.command("size")
 def size(family: Fam, nodes: NodesFile, member: Member = None) -> None:
     """Which server stands where, and what memory it has; nothing is written and nothing is started."""
-    from heliostat.serve.nodes import read
+    from heliostat.serve.nodes import HEADS, read, told
     from heliostat.serve.rendering import sized
 
     found = sized(family, read(nodes), member or None)
-    heads = ["server", "node", "devices", "modules", "weights MiB", "pages MiB", "servers beside it"]
-    rows = [
-        [
-            one.name,
-            one.node.name,
-            ",".join(map(str, one.devices)) if one.node.device != "cpu" else "cpu",
-            ", ".join(one.modules) + (" (two streams)" if one.group[1] else ""),
-            str(one.weights_mib),
-            str(one.pages_mib),
-            str(one.beside - 1),
-        ]
-        for one in found.standings
-    ]
-    print_table(rows, title="vLLM servers", columns=heads)
+    print_table(told(found.standings), title="vLLM servers", columns=list(HEADS))
 
 
 @cluster.command("render")
@@ -62,6 +50,7 @@ def render(
         str, typer.Option(help="Interpreter with vLLM and heliostat on the nodes.")
     ] = "python3",
     image: Annotated[str, typer.Option(help="Of containers.")] = "heliostat-vllm",
+    allow_host: AllowHost = None,
     member: Member = None,
 ) -> None:
     """The exact vllm commands, module by module, as texts to apply; the modules are exported beside the family."""
@@ -70,7 +59,9 @@ def render(
     from heliostat.serve.render import Means
     from heliostat.serve.rendering import texts
 
-    means = Means(family=at or str(family.resolve()), python=python, image=image)
+    means = Means(
+        family=at or str(family.resolve()), python=python, image=image, hosts=tuple(allow_host or ())
+    )
     found = texts(family, read(nodes), format, means, member or None)
     for name, text in found.items():
         if out is None:

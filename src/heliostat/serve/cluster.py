@@ -227,7 +227,7 @@ def terms_of(values: Any, *, where: str) -> Terms:
             raise Refused(f"{where}: {word} is {values[word]!r}; it must be a text")
     for word in ("page_size", "max_length"):
         counted(values.get(word), f"{where}: {word}")
-    return Terms(**values)
+    return Terms(**{word: value for word, value in values.items() if value is not None})
 
 
 def _place(values: Any, *, where: str, counts: dict[str, int]) -> Place:

@@ -5,12 +5,11 @@ A pure ASGI layer: whatever goes wrong inside becomes the dialect's error object
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from heliostat.errors import Refused
 from heliostat.serve.answering import Gone, Json
 from heliostat.serve.dialect import ChatAsking, TextAsking
+from heliostat.serve.hosts import knows
 from heliostat.serve.keys import Tenant
 from heliostat.serve.service import Service
 from heliostat.serve.trouble import Trouble, trouble_of
@@ -29,7 +29,6 @@ OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 ADMIN = ("/admin/", "/metrics")
 """Beginnings of paths that need the key of an admin."""
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 @dataclass(slots=True)
@@ -75,22 +74,14 @@ class Gate:
 
     def _check_host(self, headers: Headers) -> None:
         hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._knows(hosts[0]):
+        if len(hosts) != 1 or not knows(self.service.hosts, hosts[0]):
             raise Trouble(
                 400, "this server is not known by that Host; allow it with --allow-host", code="host"
             )
         for origin in headers.getlist("origin"):
             # A page of somebody else that a browser has open must not reach a server without keys.
-            if not self._knows(origin.partition("://")[2]):
+            if not knows(self.service.hosts, origin.partition("://")[2]):
                 raise Trouble(403, "requests of pages of other origins are not taken", code="origin")
-
-    def _knows(self, host: str) -> bool:
-        """An address tells a browser nothing wrong about who it is; a name may be anybody's."""
-        found = HOST.fullmatch(host)
-        if found is None:
-            return False
-        name = found[1].lower()
-        return name == "localhost" or name in self.service.hosts or _is_address(name.strip("[]"))
 
     def _trouble(self, error: Exception, passing: _Passing) -> Trouble:
         if isinstance(error, Trouble):
@@ -144,21 +135,3 @@ class _Passing:
         if not self.status:
             response = Json(trouble.body, trouble.status, headers=trouble.headers)
             await response(scope, receive, self.send)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that is bound there."""
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def host_names(hosts: Iterable[str]) -> frozenset[str]:
-    """Names as they are compared."""
-    return frozenset(host.lower() for host in hosts)

@@ -115,6 +115,7 @@ def launch_of(
         tensor_parallel=place.tensor_parallel,
         host=host,
         port=port,
+        keyed=common.terms.key_env is not None,
         transfer=common.terms.transfer,
         folder=folder,
         fit=common.fits[place.tensor_parallel],

@@ -17,9 +17,11 @@ from heliostat.files import read_yaml
 from heliostat.serve.cluster import ROLES, Terms, counted, refuse_unknown, terms_of, words
 from heliostat.serve.http_layout import Group
 from heliostat.serve.protocol import Role
+from heliostat.vllm.launch import KEY
 
 EXAMPLE = "lines like `nodes: [{name: n1, address: 10.0.0.1, devices: 8, memory: 81920}]`"
 CUDA, CPU = "cuda", "cpu"
+EVERYWHERE = "0.0.0.0"
 USED = 0.9
 """Part of a device's memory that servers take together."""
 OVERHEAD_MIB = 2048
@@ -62,12 +64,33 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Nodes:
-    """What a file of them says."""
+    """What a file of them says. Raises Refused for machines that cannot be one cluster."""
 
     nodes: tuple[Node, ...]
     terms: Terms
-    router: str
+    router: str = EVERYWHERE
     """Address on which our server listens."""
+
+    def __post_init__(self) -> None:
+        self._refuse_twice("name", "are called")
+        self._refuse_twice("address", "have the address")
+        # Pages lie otherwise in a GPU's memory than in a processor's, and spread over devices otherwise than on one.
+        self._refuse_mixed("device")
+        self._refuse_mixed("tensor_parallel")
+
+    def _refuse_twice(self, what: str, told: str) -> None:
+        found = [getattr(node, what) for node in self.nodes]
+        if twice := sorted({value for value in found if found.count(value) > 1}):
+            raise Refused(f"two nodes {told} {twice[0]!r}")
+
+    def _refuse_mixed(self, what: str) -> None:
+        first = self.nodes[0]
+        for node in self.nodes[1:]:
+            if (value := getattr(node, what)) != getattr(first, what):
+                raise Refused(
+                    f"node {node.name!r} has {what} {value!r}, node {first.name!r} {getattr(first, what)!r}: keys and "
+                    "values do not travel between the two; give all the same, or make a cluster of each"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +141,22 @@ def read(path: Path) -> Nodes:
     if not isinstance(listed, list) or not listed:
         raise Refused(f"{path}: nodes is {listed!r}; it must be a list, {EXAMPLE}")
     nodes = tuple(_node(values, where=f"{path}: nodes[{n}]") for n, values in enumerate(listed))
-    names = [node.name for node in nodes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise Refused(f"{path}: two nodes are called {twice[0]!r}")
-    router = content.get("router", nodes[0].address)
-    if not isinstance(router, str):
+    router = content.get("router", EVERYWHERE)
+    if not isinstance(router, str) or not router:
         raise Refused(f"{path}: router is {router!r}; it must be an address")
     terms = content.get("vllm", {})
     if isinstance(terms, dict):  # between machines unless somebody says otherwise, and never without a key
-        terms = {"transfer": "nixl", "key_env": "VLLM_API_KEY", **terms}
-    return Nodes(nodes, terms_of(terms, where=f"{path}: vllm"), router)
+        terms = {"transfer": "nixl", "key_env": KEY, **terms}
+    found = terms_of(terms, where=f"{path}: vllm")
+    if found.key_env != KEY:
+        raise Refused(
+            f"{path}: vllm: key_env is {found.key_env!r}, and servers take their key from {KEY}, which is also what the "
+            "rendered router is given: leave key_env out"
+        )
+    try:
+        return Nodes(nodes, found, router)
+    except Refused as refused:
+        raise Refused(f"{path}: {refused}") from None
 
 
 def _node(values: Any, *, where: str) -> Node:
@@ -160,9 +189,10 @@ def _node(values: Any, *, where: str) -> Node:
         roles=tuple(role for role in ROLES if role in roles),
         **{what: value for what, value in numbers.items() if value is not None},
     )
-    if not node.slots:
+    if node.device != CPU and (idle := node.devices % node.tensor_parallel):
         raise Refused(
-            f"{where}: tensor_parallel is {node.tensor_parallel}, and it has {node.devices} devices"
+            f"{where}: tensor_parallel is {node.tensor_parallel}, and it has {node.devices} devices: {idle} would be idle; "
+            "say how many are to be used (devices)"
         )
     return node
 
@@ -240,3 +270,22 @@ def _standings(
             )
             counts[role] += 1
     return tuple(found)
+
+
+HEADS = ("server", "node", "devices", "modules", "weights MiB", "pages MiB", "servers beside it")
+
+
+def told(standings: Sequence[Standing]) -> list[list[str]]:
+    """The servers as rows of a table with ``HEADS``."""
+    return [
+        [
+            one.name,
+            one.node.name,
+            ",".join(map(str, one.devices)) if one.node.device != CPU else CPU,
+            ", ".join(one.modules) + (" (two streams)" if one.group[1] else ""),
+            str(one.weights_mib),
+            str(one.pages_mib),
+            str(one.beside - 1),
+        ]
+        for one in standings
+    ]

@@ -9,24 +9,42 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
 from heliostat.errors import Refused
-from heliostat.serve.nodes import CPU, Standing
-from heliostat.vllm.launch import Command
+from heliostat.serve.hosts import is_address
+from heliostat.serve.nodes import CPU, EVERYWHERE, Standing
+from heliostat.vllm.launch import KEY, Command
 
 FORMATS = ("systemd", "kubernetes", "ray")
-KEY = "VLLM_API_KEY"
-"""The variable in which vLLM looks for its key."""
 SECRET = "heliostat-key"
 """Name of the Kubernetes secret that holds it, under ``key``."""
 CLUSTER_FILE = "cluster.yaml"
 ROUTER_PORT = 8000
+ROUTER = "heliostat"
+"""Name of the Kubernetes service that is the router."""
+NAMESPACE = "NAMESPACE"
+"""The variable in which a pod has its namespace."""
+USER = "heliostat"
+"""As whom systemd runs servers and router."""
 STOP_SECONDS = 60
+STARTS = 180
+"""Times that Kubernetes looks, ten seconds apart, until it starts again what has not begun."""
+LOOKS = 6
+"""The same for what has begun: a server under load may answer late, and ours asks elsewhere meanwhile."""
+LOOK_SECONDS = 5
+"""For the answer of one server."""
+ASKING = (
+    "import sys, urllib.request as r; o = r.build_opener(r.ProxyHandler({})); "
+    "[o.open(f'http://127.0.0.1:{p}/health') for p in sys.argv[1:]]"
+)
+"""A program that fails where one of the servers at these ports does not answer, or is not well."""
+SHARED_MIB = 2048
+"""What a server may take of /dev/shm, by which its processes talk: an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +67,23 @@ class Means:
     """Interpreter with vLLM and heliostat on the nodes."""
     image: str = "heliostat-vllm"
     """Of containers."""
-    address: str = "0.0.0.0"
+    address: str = EVERYWHERE
     """On which the router listens."""
+    hosts: tuple[str, ...] = ()
+    """Names under which its clients ask it; any address will do as it is."""
     keys: str = "keys.yaml"
     """File of API keys of the router's clients, beside the cluster file."""
+
+    def __post_init__(self) -> None:
+        if not PurePosixPath(self.family).is_absolute():
+            raise Refused(
+                f"--at {self.family}: units and containers start nowhere in particular; give a whole path"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Under which the router lets itself be asked."""
+        return self.hosts if is_address(self.address) else (*self.hosts, self.address)
 
 
 def rendered(form: str, started: Sequence[Started], cluster: str, means: Means) -> dict[str, str]:
@@ -67,7 +98,8 @@ def router_words(means: Means, folder: str) -> list[str]:
     """The command of our server in front."""
     there = str(PurePosixPath(means.python).with_name("heliostat")) if "/" in means.python else "heliostat"
     words = [there, "serve", means.family, "--cluster", f"{folder}/{CLUSTER_FILE}"]
-    return [*words, "--host", means.address, "--port", str(ROUTER_PORT), "--keys", f"{folder}/{means.keys}"]
+    words += ["--host", means.address, "--port", str(ROUTER_PORT), "--keys", f"{folder}/{means.keys}"]
+    return [*words, *(word for name in means.names for word in ("--allow-host", name))]
 
 
 # ---- systemd
@@ -83,6 +115,7 @@ def systemd(started: Sequence[Started], cluster: str, means: Means) -> dict[str,
             one.command.words,
             one.environment,
         )
+    # The router's key of the servers is the same line of the same file.
     words = router_words(means, "/etc/heliostat")
     found["router/heliostat-router.service"] = _unit("heliostat: router", words, {})
     return found
@@ -97,10 +130,12 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
         "StartLimitIntervalSec=0",
         "",
     ]
-    lines += ["[Service]", "Type=exec"]
+    lines += ["[Service]", "Type=exec", f"# Make it once: useradd --system {USER}", f"User={USER}"]
+    # Libraries keep what they compile at home, which a user of the system has not.
+    lines += [f"CacheDirectory={USER}", f"Environment=HOME=%C/{USER}"]
     lines += [f"Environment={_quoted(f'{name}={value}')}" for name, value in environment.items()]
     lines += [f"# {KEY}=..., readable by root only", "EnvironmentFile=/etc/heliostat/key.env"]
-    lines += [f"ExecStart={' '.join(map(_quoted, words))}"]
+    lines += [f"ExecStart={' '.join(_quoted(word.replace('$', '$$')) for word in words)}"]
     lines += ["Restart=always", "RestartSec=5"]
     lines += [
         f"TimeoutStopSec={STOP_SECONDS}",
@@ -113,8 +148,8 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
 
 
 def _quoted(word: str) -> str:
-    """As systemd reads it: no variable and no specifier is meant."""
-    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$").replace("%", "%%")
+    """As systemd reads it: no specifier is meant. A dollar means something in commands alone."""
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return plain if word and all(c.isalnum() or c in "/._=-:+,@#" for c in word) else f'"{plain}"'
 
 
@@ -149,36 +184,59 @@ def _config_map(cluster: str) -> dict[str, Any]:
 
 def _deployment(together: Sequence[Started], label: str, means: Means) -> dict[str, Any]:
     first = together[0].standing
-    resources = {} if first.node.device == CPU else {"limits": {"nvidia.com/gpu": len(first.devices)}}
     container = {
         "name": "vllm",
         "image": means.image,
         "command": ["/bin/bash", "-c", _together(together)],
         "env": [_secret()],
         "ports": [{"containerPort": one.standing.port} for one in together],
-        "resources": resources,
-        "readinessProbe": _probe("/health", first.port, 10),
-        "startupProbe": {**_probe("/health", first.port, 10), "failureThreshold": 180},
+        "resources": _resources(first),
+        "readinessProbe": _all_healthy(together, means),
+        "startupProbe": {**_all_healthy(together, means), "failureThreshold": STARTS},
+        "livenessProbe": {**_all_healthy(together, means), "failureThreshold": LOOKS},
         "volumeMounts": [_mount("family", means.family, read_only=True), _mount("shm", "/dev/shm")],
     }
+    shared = {"medium": "Memory", "sizeLimit": f"{SHARED_MIB * len(together)}Mi"}
     pod = {
         "containers": [container],
         "nodeSelector": {"kubernetes.io/hostname": first.node.name},
         "terminationGracePeriodSeconds": STOP_SECONDS,
-        "volumes": [*_family(), {"name": "shm", "emptyDir": {"medium": "Memory"}}],
+        "volumes": [*_family(), {"name": "shm", "emptyDir": shared}],
     }
     return _deployed(f"heliostat-{label}"[:63].rstrip("-"), {"heliostat": label}, pod)
 
 
 def _together(together: Sequence[Started]) -> str:
-    """All servers of a slot; when one ends the container does, and is started again."""
+    """All servers of a slot; when one ends the container does, and is started again.
+
+    The first process of a container hears no signal that it does not ask for: the shell hands SIGTERM on, and waits.
+    """
     lines = []
     for one in together:
         settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in one.environment.items())
         lines.append(f"{settings} {shlex.join(one.command.words)}")
     if len(lines) == 1:
         return f"exec env {lines[0]}"
-    return "\n".join([*(f"env {line} &" for line in lines), "wait -n"])
+    servers = [f'env {line} & pids="$pids $!"' for line in lines]
+    return "\n".join(["pids=", "trap 'kill $pids; wait; exit 143' TERM", *servers, "wait -n"])
+
+
+def _all_healthy(together: Sequence[Started], means: Means) -> dict[str, Any]:
+    """A probe that asks every server of the container."""
+    ports = [one.standing.port for one in together]
+    if len(ports) == 1:
+        return _probe("/health", ports[0], 10)
+    command = [means.python, "-c", ASKING, *map(str, ports)]
+    return {"exec": {"command": command}, "periodSeconds": 10, "timeoutSeconds": LOOK_SECONDS * len(ports)}
+
+
+def _resources(first: Standing) -> dict[str, Any]:
+    """GPUs are given whole. On processors no limit of them: Kubernetes may answer that with others than the servers are
+    told to take."""
+    if first.node.device != CPU:
+        return {"limits": {"nvidia.com/gpu": len(first.devices)}}
+    memory = f"{first.node.memory}Mi"
+    return {"requests": {"cpu": len(first.devices), "memory": memory}, "limits": {"memory": memory}}
 
 
 def service_name(server: str) -> str:
@@ -203,12 +261,18 @@ def _service(one: Started, label: str) -> dict[str, Any]:
 
 
 def _router(means: Means) -> list[dict[str, Any]]:
+    # Kubernetes puts the namespace into the command.
+    short = f"{ROUTER}.$({NAMESPACE})"
+    means = replace(means, hosts=(ROUTER, short, f"{short}.svc", f"{short}.svc.cluster.local", *means.hosts))
+    namespace = {"name": NAMESPACE, "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}
     container = {
         "name": "router",
         "image": means.image,
         "command": router_words(means, "/etc/heliostat"),
-        "env": [_secret()],
+        "env": [_secret(), namespace],
         "ports": [{"containerPort": ROUTER_PORT}],
+        # It listens when the servers it waits for have loaded their weights.
+        "startupProbe": {**_probe("/live", ROUTER_PORT, 10), "failureThreshold": STARTS},
         "readinessProbe": _probe("/health", ROUTER_PORT, 5),
         "livenessProbe": _probe("/live", ROUTER_PORT, 10),
         "volumeMounts": [_mount("family", means.family, read_only=True), _mount("cluster", "/etc/heliostat")],
@@ -222,7 +286,7 @@ def _router(means: Means) -> list[dict[str, Any]]:
     service = {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"name": "heliostat"},
+        "metadata": {"name": ROUTER},
         "spec": {"selector": {"heliostat": "router"}, "ports": [{"port": ROUTER_PORT}]},
     }
     return [_deployed("heliostat-router", {"heliostat": "router"}, pod), service]
@@ -243,7 +307,8 @@ def _deployed(name: str, labels: Mapping[str, str], pod: Mapping[str, Any]) -> d
 
 
 def _probe(path: str, port: int, seconds: int) -> dict[str, Any]:
-    return {"httpGet": {"path": path, "port": port}, "periodSeconds": seconds, "timeoutSeconds": 5}
+    asked = {"path": path, "port": port}
+    return {"httpGet": asked, "periodSeconds": seconds, "timeoutSeconds": LOOK_SECONDS}
 
 
 def _secret() -> dict[str, Any]:
@@ -262,7 +327,15 @@ def _mount(name: str, path: str, *, read_only: bool = False) -> dict[str, Any]:
 
 
 def ray(started: Sequence[Started], cluster: str, means: Means) -> dict[str, str]:
-    """The configuration for ``serve deploy``: one deployment for each server, and the router's."""
+    """The configuration for ``serve deploy``: one deployment for each server, and the router's. Refused where servers that
+    are spread over several GPUs share them: Ray gives parts of one GPU only."""
+    for one in started:
+        at = one.standing
+        if at.beside > 1 and len(at.devices) > 1 and at.node.device != CPU:
+            raise Refused(
+                f"on node {at.node.name!r} {at.beside} servers share {len(at.devices)} GPUs, and "
+                "Ray gives parts of one GPU only: add nodes, say tensor_parallel: 1, or take --format systemd"
+            )
     servers = [
         {
             "name": one.standing.name,
@@ -282,8 +355,14 @@ def ray(started: Sequence[Started], cluster: str, means: Means) -> dict[str, str
             "family": means.family,
             "cluster": cluster,
             "keys": f"/etc/heliostat/{means.keys}",
+            "hosts": list(means.names),
             "servers": servers,
         },
     }
-    content = {"http_options": {"host": means.address, "port": ROUTER_PORT}, "applications": [application]}
+    content: dict[str, Any] = {
+        "http_options": {"host": means.address, "port": ROUTER_PORT},
+        "applications": [application],
+    }
+    if means.address != EVERYWHERE:
+        content["proxy_location"] = "HeadOnly"  # or each node would try to listen there
     return {"ray.yaml": yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False, width=10**6)}

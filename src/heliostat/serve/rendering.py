@@ -15,7 +15,7 @@ from heliostat.serve import render
 from heliostat.serve.cluster import DECODE, PREFILL, Cluster, Place
 from heliostat.serve.http_launching import Common, common_of, cores_of, launch_of
 from heliostat.serve.http_layout import Server, groups_of, servers_of
-from heliostat.serve.nodes import CPU, CUDA, Nodes, Standing, placed
+from heliostat.serve.nodes import CPU, EVERYWHERE, Nodes, Standing, placed
 from heliostat.serve.processes import Means
 from heliostat.vllm.launch import FILES, NIXL, Launch, command
 from heliostat.vllm.layout import refuse_unfit
@@ -52,12 +52,19 @@ def texts(
     """File name -> text, in one of ``render.FORMATS``. The modules are exported, once each, for vLLM to load."""
     found = sized(folder, nodes, members)
     _refuse_apart(nodes, found, form)
+    if form == "kubernetes" and nodes.router != EVERYWHERE:
+        raise Refused(
+            f"router is {nodes.router!r}: in Kubernetes ours listens in its pod, and is reached as {render.ROUTER!r} or "
+            "through an ingress; leave router out"
+        )
+    means = replace(means, address=nodes.router)
     places = [_place(one, form) for one in found.standings]
     cluster = Cluster(tuple(places), means.family, nodes.terms)
     cluster.refuse_unreachable()
     servers = servers_of(cluster, found.family, found.rows)
     settings = Means(family=folder.resolve(), max_length=nodes.terms.max_length)
-    common = common_of(cluster, found.family, settings, write=True)
+    made = common_of(cluster, found.family, settings, write=True)
+    common = replace(made, device=nodes.nodes[0].device)  # and not of the machine that renders
     started = [
         _started(common, servers[one.name], one, found, folder, form, means) for one in found.standings
     ]
@@ -92,12 +99,12 @@ def _started(
     host = "0.0.0.0" if form == "kubernetes" else one.node.address
     cpu = one.node.device == CPU
     launch = launch_of(common, server, port=one.port, host=host, cores=_cores(one, found) if cpu else "")
-    launch = replace(launch, device=CPU if cpu else CUDA, cache_mib=one.pages_mib)
+    launch = replace(launch, cache_mib=one.pages_mib)
     if not cpu:
         launch = replace(launch, extra=("--gpu-memory-utilization", f"{one.share:g}"))
     made = command(_moved(launch, folder.resolve(), means.family), python=means.python)
     environment = dict(made.environment)
-    if not cpu and form != "ray":  # Ray gives devices itself
+    if not cpu and form == "systemd":  # Ray gives devices itself, and a container sees its own only
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, one.devices))
     if (
         common.terms.transfer == NIXL and form == "kubernetes"

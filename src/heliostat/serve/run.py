@@ -25,8 +25,9 @@ from heliostat.serve.cluster import read as read_cluster
 from heliostat.serve.connections import capped
 from heliostat.serve.crew import Alone, Crew, named
 from heliostat.serve.dispatch import Dispatcher
-from heliostat.serve.gate import host_names, is_loopback
+from heliostat.serve.hosts import host_names, is_loopback
 from heliostat.serve.http_layout import groups_of, with_modules
+from heliostat.serve.http_orders import ELSEWHERE
 from heliostat.serve.http_processes import servers
 from heliostat.serve.keys import Keys
 from heliostat.serve.log import Log
@@ -169,6 +170,8 @@ def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster 
     if cluster is not None:
         cluster.refuse_unreachable()
         if cluster.engine == VLLM:
+            if settings.wanted.draft is not None:
+                raise Refused(f"--draft {settings.wanted.draft}: vLLM servers draft nothing; {ELSEWHERE}")
             cluster = with_modules(cluster, family, rows)
         cluster = cluster.filled(rows)
         cluster.refuse_unplayable(family, rows)

@@ -21,6 +21,8 @@ CPU_PAGE = 32
 """vLLM's attention on processors takes pages of multiples of this."""
 SIDE = 1000
 """With ``nixl`` a worker also listens at its port and this, where others ask how to reach its memory."""
+KEY = "VLLM_API_KEY"
+"""Environment variable in which vLLM looks for its key: without one it answers anybody."""
 SETTINGS = "HELIOSTAT_WORKER"
 """Environment variable by which a process knows what it is: ``Settings`` as JSON."""
 
@@ -66,13 +68,15 @@ class Launch:
     """Most tokens of a request."""
     max_running: int = 64
     cache_mib: int = 1024
-    """For pages."""
+    """For pages, of all its devices together."""
     device: str = "cpu"
     cores: str = ""
     """On processors, which ones (``0-3``); empty: as vLLM likes. Give each process others."""
     tensor_parallel: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
+    keyed: bool = False
+    """Whether the process ends where ``KEY`` is not set, or empty."""
     transfer: str = FILES
     """``files``, ``nixl``, or the name of another connector of vLLM."""
     transfer_options: Mapping[str, Any] = field(default_factory=dict)
@@ -156,9 +160,10 @@ def command(launch: Launch, *, python: str = sys.executable) -> Command:
     words += ["--host", launch.host, "--port", str(launch.port)]
     words += ["--dtype", launch.dtype, "--block-size", str(launch.page_size)]
     words += ["--max-model-len", str(launch.max_length), "--max-num-seqs", str(launch.max_running)]
-    words += ["--kv-cache-memory-bytes", str(launch.cache_mib << 20)]
+    words += ["--kv-cache-memory-bytes", str((launch.cache_mib << 20) // launch.tensor_parallel)]  # of each
     words += ["--served-model-name", _served(launch), "--generation-config", "vllm"]
     words += ["--middleware", "heliostat.vllm.front.Front"]
+    words.append("--enable-prompt-tokens-details")  # or nobody hears how much was found again
     words += ["--enable-prefix-caching" if launch.caches else "--no-enable-prefix-caching"]
     if launch.tensor_parallel > 1:
         words += ["--tensor-parallel-size", str(launch.tensor_parallel)]
@@ -226,11 +231,12 @@ def settings(launch: Launch) -> dict[str, Any]:
         "folder": launch.folder,
         "keep_mib": launch.keep_mib,
         "lease": launch.lease,
+        "keyed": launch.keyed,
     }
 
 
 def environment(launch: Launch) -> dict[str, str]:
-    """Variables of the process. Secrets are not among them: whoever starts it sets VLLM_API_KEY."""
+    """Variables of the process. Secrets are not among them: whoever starts it sets ``KEY``."""
     found = {
         SETTINGS: json.dumps(settings(launch)),
         "VLLM_NO_USAGE_STATS": "1",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from importlib.metadata import version
 from typing import Any
 
+from heliostat.errors import Refused
 from heliostat.vllm.asked import settings_of
-from heliostat.vllm.launch import TWO_STREAMS
+from heliostat.vllm.launch import KEY, TWO_STREAMS
 from heliostat.vllm.versions import refuse_missing, refuse_unsupported
 
 STANDS_ON = {
@@ -36,10 +38,16 @@ TWO_STREAMS_STAND_ON = {
 
 
 def register() -> None:
-    """Raises Refused, which ends the process, where this vLLM is not one that the plug-ins know."""
+    """Raises Refused, which ends the process, where it should have a key and has none, or its vLLM is not one that the
+    plug-ins know."""
     settings = settings_of()
     if settings is None:
         return
+    if settings.keyed and not os.environ.get(KEY):
+        raise Refused(
+            f"vLLM server {settings.worker!r}: {KEY} is not set, or empty, and without it anybody who reaches this server "
+            "could ask it: give the process the key that the router has"
+        )
     found = version("vllm")
     refuse_unsupported(found)
     asked = {**STANDS_ON, **(TWO_STREAMS_STAND_ON if settings.two_streams else {})}

@@ -62,6 +62,10 @@ def test_what_has_no_room_is_refused_with_the_numbers() -> None:
         placed([node("n", roles=("prefill",))], {"decode": {("base", False): ("base",)}}, {"base": 1})
 
 
+MACHINE = {"name": "n", "address": "x", "memory": 1}
+OTHER = {"name": "m", "address": "y", "memory": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -77,7 +81,14 @@ def test_what_has_no_room_is_refused_with_the_numbers() -> None:
             "'tpu'; allowed are cuda, cpu",
         ),
         ({"nodes": [{"name": "n", "address": "x", "memory": 1, "tensor_parallel": 2}]}, "it has 1 devices"),
-        ({"nodes": [{"name": "n", "address": "x", "memory": 1}] * 2}, "two nodes are called 'n'"),
+        ({"nodes": [MACHINE] * 2}, "two nodes are called 'n'"),
+        ({"nodes": [MACHINE, {**MACHINE, "name": "m"}]}, "two nodes have the address 'x'"),
+        ({"nodes": [MACHINE, {**OTHER, "device": "cpu"}]}, "'m' has device 'cpu', node 'n' 'cuda'"),
+        ({"nodes": [MACHINE, {**OTHER, "devices": 2, "tensor_parallel": 2}]}, "'m' has tensor_parallel 2"),
+        ({"nodes": [{**MACHINE, "devices": 8, "tensor_parallel": 3}]}, "8 devices: 2 would be idle"),
+        ({"nodes": [MACHINE], "vllm": {"key_env": "MY_KEY"}}, "key_env is 'MY_KEY'.*VLLM_API_KEY"),
+        ({"nodes": [MACHINE], "vllm": {"key_env": None}}, "key_env is None"),
+        ({"nodes": [MACHINE], "router": ""}, "must be an address"),
     ],
 )
 def test_wrong_files_are_refused_with_the_place(tmp_path: Path, content: Any, words: str) -> None:
@@ -92,5 +103,11 @@ def test_nodes_speak_over_the_network_and_with_a_key_unless_told_otherwise(tmp_p
     path = tmp_path / "nodes.yaml"
     path.write_text("nodes: [{name: n, address: 10.0.0.1, memory: 1000, device: cpu, devices: 4}]")
     found = read(path)
-    assert (found.terms.transfer, found.terms.key_env, found.router) == ("nixl", "VLLM_API_KEY", "10.0.0.1")
+    assert (found.terms.transfer, found.terms.key_env, found.router) == ("nixl", "VLLM_API_KEY", "0.0.0.0")
     assert found.nodes[0].slots == ((0, 1, 2, 3),)
+
+
+def test_what_is_null_is_not_said(tmp_path: Path) -> None:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(yaml.safe_dump({"nodes": [MACHINE], "vllm": {"page_size": None, "max_length": None}}))
+    assert read(path).terms.page_size == 32

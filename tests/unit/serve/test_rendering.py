@@ -3,45 +3,34 @@
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 import yaml
 
 from heliostat.errors import Refused
 from heliostat.serve.cluster import Terms
 from heliostat.serve.cluster import read as read_cluster
-from heliostat.serve.nodes import Node, Nodes
-from heliostat.serve.render import Means, rendered
-from heliostat.serve.rendering import texts
-from heliostat.vllm.asked import Settings
-
-GPU = Node(name="n1", address="10.0.0.1", devices=2, memory=40960)
-CPU = Node(name="n2", address="10.0.0.2", device="cpu", devices=4, memory=65536)
-TERMS = Terms(transfer="nixl", key_env="VLLM_API_KEY", dtype="float32")
-MEANS = Means(family="/srv/fam", python="/opt/heliostat/bin/python")
-
-
-def made(folder: Path, form: str, *nodes: Node, terms: Terms = TERMS, **more: Any) -> dict[str, str]:
-    return texts(folder, Nodes(nodes or (GPU, CPU), terms, "10.0.0.1"), form, MEANS, **more)
+from heliostat.serve.hosts import host_names, knows
+from heliostat.serve.nodes import EVERYWHERE, Nodes
+from heliostat.serve.render import rendered
+from heliostat.serve.rendering import sized
+from tests.unit.serve.rendered import (
+    CPU,
+    GPU,
+    MEANS,
+    TERMS,
+    made,
+    router_of,
+    settings_of,
+    words_of,
+)
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "very secret")
-
-
-def words_of(unit: str) -> list[str]:
-    (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
-    return [
-        word.replace("%%", "%").replace("$$", "$") for word in shlex.split(line.removeprefix("ExecStart="))
-    ]
-
-
-def settings_of(environment: dict[str, str]) -> Settings:
-    return msgspec.json.decode(environment["HELIOSTAT_WORKER"], type=Settings)
 
 
 def test_units_say_every_server_exactly(tiny_family: Path, tmp_path: Path) -> None:
@@ -61,10 +50,52 @@ def test_units_say_every_server_exactly(tiny_family: Path, tmp_path: Path) -> No
         environment = dict(shlex.split(line)[0].split("=", 1) for line in lines)
         settings = settings_of(environment)
         assert settings.worker == place.name and settings.role == place.roles[0]
+        assert settings.keyed, "or without key.env it would answer anybody"
         assert {name.partition("#")[0] for name in settings.modules} >= set(place.modules or ())
         assert environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] in (place.url or "")
     router = words_of(found["router/heliostat-router.service"])
     assert router[:2] == ["/opt/heliostat/bin/heliostat", "serve"] and "--keys" in router
+
+
+def allowed(words: list[str]) -> frozenset[str]:
+    """Names that a router's command lets it be asked by, in the namespace ``team``."""
+    found = [words[n + 1] for n, word in enumerate(words) if word == "--allow-host"]
+    return host_names(name.replace("$(NAMESPACE)", "team") for name in found)
+
+
+def test_the_router_is_reached_by_its_names(tiny_family: Path) -> None:
+    means = replace(MEANS, hosts=("llm.example",))
+    unit = made(tiny_family, "systemd", means=means)["router/heliostat-router.service"]
+    assert knows(allowed(words_of(unit)), "llm.example:8000") and not knows(allowed(words_of(unit)), "evil")
+    router = router_of(made(tiny_family, "kubernetes", means=means)["kubernetes.yaml"])
+    names = ("heliostat", "heliostat.team", "heliostat.team.svc", "heliostat.team.svc.cluster.local")
+    for name in (*names, "llm.example"):
+        assert knows(allowed(router["command"]), f"{name}:8000"), name
+    (namespace,) = [entry for entry in router["env"] if entry["name"] == "NAMESPACE"]
+    assert namespace["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
+    args = yaml.safe_load(made(tiny_family, "ray", means=means)["ray.yaml"])["applications"][0]["args"]
+    assert args["hosts"] == ["llm.example"]
+
+
+def test_the_router_listens_where_it_is_told(tiny_family: Path) -> None:
+    words = words_of(made(tiny_family, "systemd", router="llm.lan")["router/heliostat-router.service"])
+    assert words[words.index("--host") + 1] == "llm.lan" and knows(allowed(words), "llm.lan:8000")
+    words = words_of(made(tiny_family, "systemd")["router/heliostat-router.service"])
+    assert words[words.index("--host") + 1] == EVERYWHERE and not allowed(words)
+    content = yaml.safe_load(made(tiny_family, "ray", router="10.0.0.9")["ray.yaml"])
+    assert (content["http_options"]["host"], content["proxy_location"]) == ("10.0.0.9", "HeadOnly")
+    with pytest.raises(Refused, match="leave router out"):
+        made(tiny_family, "kubernetes", router="10.0.0.9")
+
+
+def test_pages_are_those_of_the_nodes_and_not_of_who_renders(tiny_family: Path) -> None:
+    small = replace(TERMS, page_size=16)
+    for name, text in made(tiny_family, "systemd", terms=small).items():
+        if name.startswith("n1/"):
+            words = words_of(text)
+            assert words[words.index("--block-size") + 1] == "16"
+    with pytest.raises(Refused, match="multiples of 32"):
+        made(tiny_family, "systemd", CPU, terms=small)
 
 
 def test_no_text_holds_a_key(tiny_family: Path) -> None:
@@ -115,6 +146,10 @@ def test_manifests_are_whole(tiny_family: Path, tmp_path: Path) -> None:
             ["/bin/bash", "-n", "-c", container["command"][2]], capture_output=True, text=True
         )
         assert run.returncode == 0, run.stderr
+        # A container has its own devices only, numbered from 0.
+        assert "CUDA_VISIBLE_DEVICES" not in container["command"][2]
+    (router,) = [p for p in pods if p["metadata"]["labels"] == {"heliostat": "router"}]
+    assert router["spec"]["containers"][0]["startupProbe"]["failureThreshold"] >= 180, "weights take minutes"
     gpu = [p for p in pods if p["spec"].get("nodeSelector", {}).get("kubernetes.io/hostname") == "n1"]
     assert gpu and all(p["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1 for p in gpu)
 
@@ -129,6 +164,19 @@ def test_the_application_of_ray_has_a_deployment_for_each_server(tiny_family: Pa
     for place in places:
         assert place.url == f"http://{servers[place.name]['address']}:{servers[place.name]['port']}"
         assert settings_of(servers[place.name]["environment"]).worker == place.name
+
+
+def test_pages_of_several_devices_are_of_all_together(tiny_family: Path) -> None:
+    spread = replace(GPU, tensor_parallel=2)
+    found = made(tiny_family, "systemd", spread)
+    standings = {one.name: one for one in sized(tiny_family, Nodes((spread,), TERMS, "10.0.0.1")).standings}
+    for name, text in found.items():
+        if name.startswith("n1/"):
+            words, one = words_of(text), standings[Path(name).stem.removeprefix("heliostat-")]
+            assert int(words[words.index("--kv-cache-memory-bytes") + 1]) == (one.pages_mib << 20) // 2
+            assert "CUDA_VISIBLE_DEVICES=0,1" in text
+    with pytest.raises(Refused, match="parts of one GPU only"):
+        made(tiny_family, "ray", spread)
 
 
 def test_files_are_for_one_machine(tiny_family: Path) -> None:

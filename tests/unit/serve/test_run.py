@@ -14,6 +14,7 @@ import httpx2
 import pytest
 import uvicorn
 
+from heliostat.engine.speculation.wanted import Wanted
 from heliostat.errors import Refused
 from heliostat.serve.app import build
 from heliostat.serve.log import Log
@@ -55,6 +56,14 @@ def test_a_port_that_is_taken_is_told() -> None:
 def test_a_member_that_there_is_not(tiny_family_made: Path) -> None:
     with pytest.raises(Refused, match="no member 'maths'.*did you mean 'math'"):
         service_of(Settings(family=tiny_family_made, members=["maths"], cache_mib=16))
+
+
+def test_vllm_servers_draft_nothing(tiny_family_made: Path, tmp_path: Path) -> None:
+    reached = tmp_path / "cluster.yaml"
+    reached.write_text("workers: [{url: 'http://127.0.0.1:9'}]")
+    for more in ({"engine": "vllm"}, {"cluster": reached}):
+        with pytest.raises(Refused, match="--draft nonexistent.*without --engine vllm"):
+            service_of(Settings(family=tiny_family_made, wanted=Wanted(draft="nonexistent"), **more))
 
 
 class Drained:

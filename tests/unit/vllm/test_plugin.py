@@ -4,12 +4,35 @@ import pytest
 
 from heliostat.errors import Refused
 from heliostat.vllm import plugin
-from heliostat.vllm.launch import Hosted, Launch, command
+from heliostat.vllm.launch import KEY, Hosted, Launch, command
 
 
 def test_a_process_of_somebody_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HELIOSTAT_WORKER", raising=False)
     plugin.register()
+
+
+@pytest.mark.parametrize(
+    ("keyed", "key", "match"),
+    [
+        (True, None, "VLLM_API_KEY is not set"),
+        (True, "", "VLLM_API_KEY is not set"),
+        (True, "secret", "0.26 to 0.32"),  # what is looked at next
+        (False, None, "0.26 to 0.32"),
+    ],
+)
+def test_a_server_that_should_have_a_key_ends_without_one(
+    monkeypatch: pytest.MonkeyPatch, keyed: bool, key: str | None, match: str
+) -> None:
+    launch = Launch(name="w", weights=Hosted(name="base", digest="b" * 64, folder="/b"), keyed=keyed)
+    for name, value in command(launch).environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(KEY, raising=False)
+    if key is not None:
+        monkeypatch.setenv(KEY, key)
+    monkeypatch.setattr(plugin, "version", lambda package: "0.99.0")
+    with pytest.raises(Refused, match=match):
+        plugin.register()
 
 
 def test_what_is_missing_is_found_by_its_name() -> None:
