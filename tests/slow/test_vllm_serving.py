@@ -4,7 +4,9 @@ token in float32, also while its servers are killed; it runs in vLLM's own envir
 import asyncio
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +16,15 @@ from typing import Any
 import httpx2
 import pytest
 
+from heliostat.build import read_family
 from heliostat.engine.request import Sampling
 from heliostat.errors import Refused
 from heliostat.llm import LLM
 from heliostat.serve.http_facts import Expected
 from heliostat.serve.http_line import HttpLine
 from heliostat.serve.http_worker import HttpWorker
+from heliostat.vllm.launch import Launch, command
+from heliostat.vllm.layout import prepared
 from tests.promises.toys import CLOSE
 from tests.slow.process import told
 from tests.slow.vllm_family import MEMBERS, family, inside, python
@@ -233,6 +238,20 @@ def test_a_killed_server_costs_time_and_no_token(served: Served, name: str) -> N
     while served.ready() == ready and time.monotonic() < until:
         time.sleep(0.2)
     assert served.ready() == ready + 1, "it was not started again"
+
+
+def test_a_server_that_would_load_other_weights_does_not_start(folder: Path, tmp_path: Path) -> None:
+    """As on a node whose copy of the exports has a file of another module, of the same shapes."""
+    found = prepared(folder, read_family(folder), ["base", "sun-f.own"], tmp_path)
+    right, other = (next(Path(found[name].folder).glob("*.safetensors")) for name in ("base", "sun-f.own"))
+    right.unlink()
+    shutil.copy(other, right)
+    made = command(Launch(name="w", weights=found["base"], dtype="float32", port=1), python=python())
+    environment = {**os.environ, **made.environment, "PYTHONPATH": inside(tmp_path)}
+    done = subprocess.run(
+        made.words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=STARTING, check=False
+    )
+    assert done.returncode and b"is not what was exported" in done.stdout
 
 
 def test_a_server_with_other_weights_is_refused_with_both_digests(served: Served) -> None:

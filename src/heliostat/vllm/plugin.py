@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from heliostat.vllm.asked import settings_of
+from heliostat.vllm.asked import Settings, settings_of
 from heliostat.vllm.launch import TWO_STREAMS
+from heliostat.vllm.sealed import refuse_other
 from heliostat.vllm.versions import refuse_missing, refuse_unsupported
 
 STANDS_ON = {
@@ -35,8 +38,13 @@ TWO_STREAMS_STAND_ON = {
 }
 
 
+VERIFIED = "HELIOSTAT_VERIFIED"
+"""Environment variable: the incarnation whose files were compared; a server's other processes inherit it."""
+
+
 def register() -> None:
-    """Raises Refused, which ends the process, where this vLLM is not one that the plug-ins know."""
+    """Raises Refused, which ends the process, where this vLLM is not one that the plug-ins know, or what it would load is
+    not what was exported."""
     settings = settings_of()
     if settings is None:
         return
@@ -44,8 +52,17 @@ def register() -> None:
     refuse_unsupported(found)
     asked = {**STANDS_ON, **(TWO_STREAMS_STAND_ON if settings.two_streams else {})}
     refuse_missing(found, missing(asked))
+    _verify_once(settings)
     if settings.two_streams:
         register_two_streams()
+
+
+def _verify_once(settings: Settings) -> None:
+    if os.environ.get(VERIFIED) == settings.incarnation:
+        return
+    for folder, digest in settings.folders.items():
+        refuse_other(Path(folder), digest)
+    os.environ[VERIFIED] = settings.incarnation
 
 
 def missing(asked: dict[str, tuple[str, ...]]) -> list[str]:
