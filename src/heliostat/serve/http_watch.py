@@ -45,7 +45,10 @@ class Watch:
     async def look(self) -> wire.Described:
         """What it says that it is. ConnectionError where it cannot be asked now, Refused where it is none of ours."""
         try:
-            return _described(await self._line.get(wire.DESCRIBED))
+            async with asyncio.timeout(self._patience):
+                return _described(await self._line.get(wire.DESCRIBED))
+        except TimeoutError as error:
+            raise ConnectionError(f"no answer within {self._patience:g} s") from error
         except Refusal as refusal:
             if refusal.status in (401, 403):
                 raise Refused(f"worker {self._worker!r} wants a key, or another one") from refusal
@@ -62,9 +65,8 @@ class Watch:
         """Returns when it is not there any more: why."""
         while True:
             await asyncio.sleep(self._beat)
-            with suppress(ConnectionError, TimeoutError, Refused):
-                async with asyncio.timeout(self._patience):
-                    found = await self.look()
+            with suppress(ConnectionError, Refused):
+                found = await self.look()
                 self.heard()
                 if self.incarnation and found.incarnation != self.incarnation:
                     return "the server was started anew"

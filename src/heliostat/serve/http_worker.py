@@ -255,6 +255,9 @@ class HttpWorker:
             failed = no(order.id, "deadline", "not answered within its deadline")
         except asyncio.CancelledError:
             failed = call.failed
+        except Exception as error:  # nobody waits for this task: who does not hear of it waits for ever
+            hear(no(order.id, "worker_lost", f"a fault of heliostat ({type(error).__name__})"))
+            raise
         finally:
             self._calls.pop(order.id, None)
         if failed is not None:
