@@ -19,6 +19,7 @@ from subprocess import Popen
 from heliostat.engine.ledger import MIB, Ledger, available_memory, weights_of
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
+from heliostat.files import OWNER, hold, remove_abandoned
 from heliostat.llm import parse_dtype
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.cluster import Cluster, Place
@@ -32,9 +33,10 @@ from heliostat.serve.http_watch import PATIENCE
 from heliostat.serve.http_worker import HttpWorker
 from heliostat.serve.log import Log
 from heliostat.serve.nodes import USED
-from heliostat.serve.processes import SILENT, Means
+from heliostat.serve.processes import SILENT, STORE, Means, sweep_folders
 from heliostat.serve.roster import module_name
 from heliostat.serve.supervisor import Supervisor
+from heliostat.vllm.kept import private_folder
 from heliostat.vllm.launch import command
 from heliostat.vllm.layout import refuse_unfit
 
@@ -100,11 +102,13 @@ class Servers:
 
     def __init__(self, common: Common, servers: Mapping[str, Server], tokenizer: Tokenizer, log: Log) -> None:
         self._common, self._servers, self._tokenizer, self._log = common, servers, tokenizer, log
-        self._folder = Path(tempfile.mkdtemp(prefix="heliostat-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=STORE))
         # Ports of the loopback are everybody's on this machine.
         self._agreed = key_of(common.terms)
         self._key = self._agreed or secrets.token_urlsafe(24)
         self._kept = f"{KEPT}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._memory = private_folder(self._kept)
+        self._held = [hold(folder / OWNER) for folder in (self._folder, self._memory)]
         here = [server.place for server in servers.values() if server.place.url is None]
         self._cores = cores_of(here)
         # Side by side on one device: vLLM would give each nearly all of it.
@@ -129,7 +133,7 @@ class Servers:
         )
         done = command(launch, python=python())
         environment = {**done.environment, "VLLM_API_KEY": self._key}
-        process = spawn(Kept(done.words, environment, str(log)))
+        process = spawn(Kept(done.words, environment, str(log), str(self._memory)))
         self._log.say("worker starts", worker=place.name, process=process.pid, port=port)
         expected = self._expected(place, modules, incarnation)
         try:
@@ -174,10 +178,17 @@ class Servers:
             incarnation=incarnation,
         )
 
+    def sweep(self) -> None:
+        """Remove what servers of this user left, on the disk and in memory, that were killed with all that they started."""
+        sweep_folders()
+        remove_abandoned(Path(KEPT).parent.glob(f"{Path(KEPT).name}-*-*-{os.getuid()}"))
+
     def leave(self) -> None:
         """Remove the folders; what is held for others in memory goes with those that held it."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        shutil.rmtree(f"{self._kept}-{os.getuid()}", ignore_errors=True)
+        shutil.rmtree(self._memory, ignore_errors=True)
+        while self._held:
+            os.close(self._held.pop())
 
 
 def servers(
@@ -207,6 +218,7 @@ def servers(
         folder=means.family,
         tokenizer=tokenizer.digest,
         log=log,
+        sweep=starter.sweep,
         at_last=starter.leave,
         ready=READY_SECONDS,
     )

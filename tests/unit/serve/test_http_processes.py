@@ -3,12 +3,16 @@
 import asyncio
 import io
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from heliostat.build import load_tokenizer, read_family
 from heliostat.errors import Refused
+from heliostat.files import OWNER, hold
+from heliostat.serve import http_processes
 from heliostat.serve.cluster import Place, Terms, laid_out
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.http_launching import cores_of
@@ -87,3 +91,30 @@ def test_processors_are_dealt_out_so_that_not_all_sit_on_the_first() -> None:
     places = [Place(name="a"), Place(name="b", threads=2), Place(name="c")]
     assert cores_of(places, 4) == {"a": "0", "b": "1-2", "c": "3"}
     assert cores_of(places, 2) == {"a": "0", "b": "0-1", "c": "0"}
+
+
+def test_what_a_killed_server_left_is_swept_by_the_next(
+    tiny_family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of logs and of memory; those of one that lives stay, and its own go with it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(http_processes, "KEPT", str(tmp_path / "memory"))
+    monkeypatch.setenv(PYTHON, pretend(tmp_path, "exit 1"))
+    killed = [tmp_path / "heliostat-killed", tmp_path / f"memory-1-abcd-{os.getuid()}"]
+    living = [tmp_path / "heliostat-lives", tmp_path / f"memory-2-abcd-{os.getuid()}"]
+    for folder in (*killed, *living):
+        folder.mkdir()
+        (folder / "0.pages").touch()
+        descriptor = hold(folder / OWNER)
+        if folder in killed:
+            os.close(descriptor)
+    found = crew(tiny_family, io.StringIO())
+    assert len(list(tmp_path.glob("memory-*"))) == len(list(tmp_path.glob("heliostat-*"))) == 3
+
+    async def story() -> None:
+        with pytest.raises(Refused):
+            await found.start()
+        await found.stop()  # once more
+
+    asyncio.run(story())
+    assert {*tmp_path.glob("memory-*"), *tmp_path.glob("heliostat-*")} == set(living)
