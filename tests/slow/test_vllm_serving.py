@@ -249,7 +249,12 @@ def test_a_server_that_would_load_other_weights_does_not_start(folder: Path, tmp
     made = command(Launch(name="w", weights=found["base"], dtype="float32", port=1), python=python())
     environment = {**os.environ, **made.environment, "PYTHONPATH": inside(tmp_path)}
     done = subprocess.run(
-        made.words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=STARTING, check=False
+        made.words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=STARTING,
+        check=False,
     )
     assert done.returncode and b"is not what was exported" in done.stdout
 

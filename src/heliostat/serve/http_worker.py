@@ -89,6 +89,11 @@ class HttpWorker:
         return self._watch.silent
 
     @property
+    def version(self) -> str:
+        """vLLM's there; empty before it was described."""
+        return self._facts.vllm if self._facts is not None else ""
+
+    @property
     def gone(self) -> str:
         """Why nothing can be asked of it any more; empty while all is well."""
         return self._gone

@@ -134,7 +134,6 @@ class Launch:
             return dict.fromkeys(self.modules, self.weights.digest)
         return self.modules
 
-
     @property
     def folders(self) -> dict[str, str]:
         """All that it loads: folder -> digest under which it was exported."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.vllm.asked import Settings, settings_of
-from heliostat.vllm.launch import TWO_STREAMS
+from heliostat.vllm.launch import NIXL, TWO_STREAMS
 from heliostat.vllm.sealed import refuse_other
 from heliostat.vllm.versions import refuse_missing, refuse_unsupported
 
@@ -30,12 +30,34 @@ STANDS_ON = {
     "vllm.config.kv_transfer": ("KVTransferConfig.kv_load_failure_policy",),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys",),
 }
+NIXL_STANDS_ON = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl": (
+        "NixlConnector.get_num_new_matched_tokens",
+        "NixlConnector.update_state_after_alloc",
+        "NixlConnector.build_connector_meta",
+        "NixlConnector.request_finished_all_groups",
+        "NixlConnector.start_load_kv",
+        "NixlConnector.get_block_ids_with_load_errors",
+    ),
+}
 TWO_STREAMS_STAND_ON = {
     "vllm.v1.core.kv_cache_utils": ("_gen_lora_extra_hash_keys",),
     "vllm.lora.layers.base_linear": ("BaseLinearLayerWithLoRA",),
+    "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase.add_lora_linear",),
+    "vllm.v1.attention.backend": ("CommonAttentionMetadata.query_start_loc",),
     "vllm.forward_context": ("get_forward_context",),
     "vllm.model_executor.models.llama": ("LlamaForCausalLM", "LlamaAttention"),
 }
+
+
+def stands_on(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """What a process of this kind needs: names in modules of vLLM."""
+    two = TWO_STREAMS_STAND_ON if settings.two_streams else {}
+    nixl = NIXL_STANDS_ON if settings.transfer == NIXL else {}
+    found = dict(STANDS_ON)
+    for more in (two, nixl):
+        found |= {module: (*found.get(module, ()), *names) for module, names in more.items()}
+    return found
 
 
 VERIFIED = "HELIOSTAT_VERIFIED"
@@ -50,8 +72,7 @@ def register() -> None:
         return
     found = version("vllm")
     refuse_unsupported(found)
-    asked = {**STANDS_ON, **(TWO_STREAMS_STAND_ON if settings.two_streams else {})}
-    refuse_missing(found, missing(asked))
+    refuse_missing(found, missing(stands_on(settings)))
     _verify_once(settings)
     if settings.two_streams:
         register_two_streams()

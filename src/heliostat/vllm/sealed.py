@@ -27,11 +27,15 @@ def refuse_other(folder: Path, module: str) -> None:
     """Raise Refused unless exactly the files that were sealed for this module are there. Reads every byte."""
     said = read_json(folder / SEAL)
     if said.get("module") != module:
-        raise Refused(f"{folder} holds a module of digest {str(said.get('module'))[:12]}, not {module[:12]}: {AGAIN}")
+        raise Refused(
+            f"{folder} holds a module of digest {str(said.get('module'))[:12]}, not {module[:12]}: {AGAIN}"
+        )
     files = said.get("files")
     files = files if isinstance(files, dict) else {}
     if odd := sorted(set(files) ^ set(_names(folder))):
-        raise Refused(f"{folder}: files are missing, or are there and were not exported: {', '.join(odd)}; {AGAIN}")
+        raise Refused(
+            f"{folder}: files are missing, or are there and were not exported: {', '.join(odd)}; {AGAIN}"
+        )
     for name, digest in files.items():
         if (found := _digest(folder / name)) != digest:
             raise Refused(

@@ -136,7 +136,12 @@ def test_an_address_that_is_none_is_refused_before_anybody_is_asked(url: str, to
 
 
 def test_addresses_of_every_kind_are_taken_and_a_port_beside_needs_room() -> None:
-    urls = ("http://10.0.0.1:65000", "https://node-1.example:8001/vllm", "http://[fe80::1]:65535", "http://my_node")
+    urls = (
+        "http://10.0.0.1:65000",
+        "https://node-1.example:8001/vllm",
+        "http://[fe80::1]:65535",
+        "http://my_node",
+    )
     places = tuple(Place(name=f"w{n}", spawn=None, url=url) for n, url in enumerate(urls))
     Cluster(places).refuse_unreachable()
     with pytest.raises(Refused, match="ports are 1 to 64535"):

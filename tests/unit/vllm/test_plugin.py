@@ -6,8 +6,8 @@ import pytest
 
 from heliostat.errors import Refused
 from heliostat.vllm import plugin
-from heliostat.vllm.asked import INCARNATION
-from heliostat.vllm.launch import Hosted, Launch, command
+from heliostat.vllm.asked import INCARNATION, Settings
+from heliostat.vllm.launch import Hosted, Launch, command, settings
 from heliostat.vllm.sealed import seal
 
 
@@ -54,3 +54,19 @@ def test_files_that_are_not_what_was_exported_end_the_process(
     plugin.register()
     (tmp_path / "model.safetensors").unlink()
     plugin.register()
+
+
+def test_each_kind_of_process_asks_for_what_it_stands_on() -> None:
+    hosted = Hosted(name="base", digest="b" * 64, folder="/b")
+    plain, nixl, two = (
+        plugin.stands_on(Settings(**settings(Launch(name="w", weights=hosted, **more))))
+        for more in ({}, {"role": "decode", "transfer": "nixl"}, {"two_streams": True})
+    )
+    assert plain == plugin.STANDS_ON
+    (package,) = (module for module in nixl if module.endswith(".nixl"))
+    assert "NixlConnector.request_finished_all_groups" in nixl[package]
+    assert {
+        "PunicaWrapperBase.add_lora_linear",
+        "generate_block_hash_extra_keys",
+        "_gen_lora_extra_hash_keys",
+    } <= {name for names in two.values() for name in names}, "what both ask of one module is added up"

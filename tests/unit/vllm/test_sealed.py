@@ -27,7 +27,10 @@ def test_what_was_sealed_is_let_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"weighty"), "model.safetensors is not what"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"weighty"),
+            "model.safetensors is not what",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "missing.*config.json"),
         (lambda folder: (folder / "more.safetensors").touch(), "not exported.*more.safetensors"),
         (lambda folder: (folder / SEAL).unlink(), f"{SEAL} is not there"),
@@ -36,7 +39,9 @@ def test_what_was_sealed_is_let_pass(tmp_path: Path) -> None:
         (lambda folder: (folder / SEAL).write_text(f'{{"module": "{MODULE}", "files": 3}}'), "not exported"),
     ],
 )
-def test_anything_else_is_refused_by_name(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
+def test_anything_else_is_refused_by_name(
+    tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
     damage(export(tmp_path))
     with pytest.raises(Refused, match=words):
         refuse_other(tmp_path, MODULE)
