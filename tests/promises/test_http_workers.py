@@ -15,7 +15,7 @@ from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.metrics import Metrics
-from heliostat.serve.protocol import Failed, Handed, Order
+from heliostat.serve.protocol import Failed, Handed, Handle, Order
 from heliostat.serve.trouble import Trouble
 from tests.promises.crews import Listener, assert_empty, order_of
 from tests.promises.doubles import Double
@@ -246,9 +246,14 @@ def test_an_abort_before_anything_is_said_leaves_nothing_on_either_side(
     async def story() -> None:
         async with house(modules, tokenizer, "p-a", "d-base") as made:
             made.doubles[side].faults.pause = 3600
-            writer, released = made.workers["p-a"], []
+            writer, released = made.workers["p-a"], list[Handle]()
             let_go = writer.release
-            writer.release = lambda handle: (released.append(handle), let_go(handle))
+
+            def release(handle: Handle) -> None:
+                released.append(handle)
+                let_go(handle)
+
+            writer.release = release
             asked = made.dispatcher.ask([order])
             await until(lambda: made.doubles[side].begun == 1)
             assert bool(made.doubles["p-a"].inside.core.lending.out) == (side == "d-base")
