@@ -61,6 +61,14 @@ class Watch:
         except msgspec.DecodeError as error:
             raise Refused(f"worker {self._worker!r} describes itself strangely: {error}") from error
 
+    async def used(self) -> float:
+        """The part of its pages that is in use."""
+        with suppress(Refusal, ValueError):
+            for line in (await self._line.get("/metrics")).decode("utf-8", "replace").splitlines():
+                if line.startswith("vllm:kv_cache_usage_perc"):
+                    return max(0.0, min(1.0, float(line.rpartition(" ")[2])))
+        return 0.0
+
     async def lost(self) -> str:
         """Returns when it is not there any more: why."""
         while True:
