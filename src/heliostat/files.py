@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: atomic files and folders, a lock, JSON, YAML.
+"""Files that are written whole or not at all: atomic files and folders, locks, JSON, YAML.
 
 What is being written lies in ``<name>.partial-<process>-<thread>`` beside its target until it is complete and
 on the disk; then one rename puts it in place. What a process that died left there is swept away by the next
@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,46 @@ def _lock(descriptor: int, path: Path, *, wait: bool) -> None:
             f"{what} in {path.parent} is held by another heliostat command (process {holder}); "
             "wait until it has ended, then run this again"
         ) from error
+
+
+OWNER = "owner.lock"
+"""Lock file in a folder that goes with a process, held by that one."""
+
+
+def hold(path: Path) -> int:
+    """Make the lock file and hold it for as long as this process lives, or until the descriptor is closed."""
+    new = path.with_suffix(f".{os.getpid()}")
+    descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    new.rename(path)  # only now do others see it: nobody finds it without its holder
+    return descriptor
+
+
+def abandoned(path: Path) -> bool:
+    """Whether it is a lock file that nobody holds any more."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:  # not there, or not ours
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def remove_abandoned(folders: Iterable[Path]) -> None:
+    """Remove those of these folders that are this user's and have lock files, all of which are abandoned."""
+    for folder in folders:
+        try:
+            found = folder.lstat()
+        except OSError:
+            continue
+        locks = list(folder.glob("*.lock")) if stat.S_ISDIR(found.st_mode) else []
+        if found.st_uid == os.getuid() and locks and all(map(abandoned, locks)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -75,6 +75,7 @@ POLICY = (
     "heliostat.serve.scaling",
     "heliostat.vllm.asked",
     "heliostat.vllm.launch",
+    "heliostat.vllm.sealed",
     "heliostat.vllm.versions",
     "heliostat.vllm.wire",
 )

@@ -15,7 +15,7 @@ from heliostat.family import Row
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.metrics import Metrics
-from heliostat.serve.protocol import Failed, Handed, Order
+from heliostat.serve.protocol import Failed, Handed, Handle, Order
 from heliostat.serve.trouble import Trouble
 from tests.promises.crews import Listener, assert_empty, order_of
 from tests.promises.doubles import Double
@@ -233,6 +233,58 @@ def test_an_abort_reaches_both_sides(modules: Toys, tokenizer: Tokenizer) -> Non
             await until(lambda: not double.inside.core.engine.unfinished)
 
     within(240, story)
+
+
+@pytest.mark.parametrize("side", ["p-a", "d-base"])
+def test_an_abort_before_anything_is_said_leaves_nothing_on_either_side(
+    modules: Toys, tokenizer: Tokenizer, side: str
+) -> None:
+    """While the prompt is read, or while who decodes has not begun: what was written is held no longer than that."""
+    wish = Sampling(max_tokens=60, ignore_eos=True)
+    order = orders_of(modules, [Job(PLAYED["own prompt"], tuple(range(5, 25)), wish)])[0]
+
+    async def story() -> None:
+        async with house(modules, tokenizer, "p-a", "d-base") as made:
+            made.doubles[side].faults.pause = 3600
+            writer, released = made.workers["p-a"], list[Handle]()
+            let_go = writer.release
+
+            def release(handle: Handle) -> None:
+                released.append(handle)
+                let_go(handle)
+
+            writer.release = release
+            asked = made.dispatcher.ask([order])
+            await until(lambda: made.doubles[side].begun == 1)
+            assert bool(made.doubles["p-a"].inside.core.lending.out) == (side == "d-base")
+            made.dispatcher.abort(asked)
+            await until(lambda: not made.dispatcher.router.outstanding("d-base")[0])
+            assert len(released) == (side == "d-base"), "its lease is for words that are lost"
+            for name, double in made.doubles.items():
+                await double.settled()
+                assert not (await made.workers[name].stats()).running
+
+    within(240, story)
+
+
+def test_a_fault_of_ours_ends_a_request_and_is_told(
+    modules: Toys, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is raised where nobody waits: the request goes on elsewhere, or ends with the reason."""
+    order = orders_of(modules, [Job(PLAYED["all own"], tuple(range(5, 25)), Sampling(max_tokens=3))])[0]
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise KeyError("none of those that are expected")
+
+    async def story() -> None:
+        async with house(modules, tokenizer, "d-a") as made:
+            monkeypatch.setattr(made.workers["d-a"]._line, "stream", broken)
+            with pytest.raises(Trouble, match="KeyError"):
+                await told(made.dispatcher.ask([order]))
+            assert not made.dispatcher.unfinished and not made.workers["d-a"]._calls
+
+    within(240, story)
+    assert "KeyError" in caplog.text, "whoever runs it finds where"
 
 
 def test_a_deadline_ends_a_slow_one_at_both_sides(modules: Toys, tokenizer: Tokenizer) -> None:

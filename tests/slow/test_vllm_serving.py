@@ -4,9 +4,12 @@ token in float32, also while its servers are killed; it runs in vLLM's own envir
 import asyncio
 import os
 import random
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,15 @@ from typing import Any
 import httpx2
 import pytest
 
+from heliostat.build import read_family
 from heliostat.engine.request import Sampling
 from heliostat.errors import Refused
 from heliostat.llm import LLM
 from heliostat.serve.http_facts import Expected
 from heliostat.serve.http_line import HttpLine
 from heliostat.serve.http_worker import HttpWorker
+from heliostat.vllm.launch import Launch, command
+from heliostat.vllm.layout import prepared
 from tests.promises.toys import CLOSE
 from tests.slow.process import told
 from tests.slow.vllm_family import MEMBERS, family, inside, python
@@ -29,6 +35,7 @@ pytestmark = pytest.mark.slow
 PLAYED = ("sun-f", "pre-a")
 """One server writes for the first, one with the base for the second, one decode server speaks for both."""
 STARTING = 900
+RETRIES = "heliostat_retries_total"
 ROOM = (
     "--cache-mib",
     "64",
@@ -167,26 +174,42 @@ def test_a_conversation_goes_on_from_its_own_answers(served: Served) -> None:
     asyncio.run(story())
 
 
+def counted(metrics: str, name: str) -> float:
+    """The sum of a metric over its labels."""
+    found = [line for line in metrics.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+    return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
 def test_a_client_that_leaves_is_noticed_by_the_servers(served: Served) -> None:
+    """They stop long before the answer would have ended by itself."""
+    most = 200
+    body = {
+        "model": "sun-f",
+        "prompt": list(range(5, 45)),
+        "max_tokens": most,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    started = [start for name, start in served.started().items() if name.startswith("decode")]
+    key = {"Authorization": f"Bearer {key_of(started[0]['process'])}"}
+
     async def story() -> None:
-        body = {
-            "model": "sun-f",
-            "prompt": list(range(5, 45)),
-            "max_tokens": 200,
-            "ignore_eos": True,
-            "stream": True,
-        }
         async with client(served) as http:
+
+            async def told_of(name: str) -> float:
+                replies = [
+                    await http.get(f"http://127.0.0.1:{start['port']}/metrics", headers=key)
+                    for start in started
+                ]
+                return sum(counted(reply.text, f"vllm:{name}") for reply in replies)
+
+            before = await told_of("generation_tokens_total")
             async with http.stream("POST", "/v1/completions", json=body) as reply:
                 async for _ in reply.aiter_lines():
                     break
-            port = served.started()["decode-0"]["port"]
             for _ in range(200):
-                metrics = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
-                running = [
-                    line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")
-                ]
-                if running and float(running[0].rpartition(" ")[2]) == 0:
+                if not await told_of("num_requests_running"):
+                    assert 0 < await told_of("generation_tokens_total") - before < most - 1
                     return
                 await asyncio.sleep(0.05)
             raise AssertionError("the decode server runs what nobody hears")
@@ -209,30 +232,63 @@ def inner(keeper: int) -> list[int]:
 
 def key_of(keeper: int) -> str:
     """The key that a server was started with."""
-    found = dict(
-        entry.partition("=")[::2]
-        for entry in Path(f"/proc/{inner(keeper)[0]}/environ").read_text().split("\0")
-    )
-    return found["VLLM_API_KEY"]
+    for process in inner(keeper):
+        entries = Path(f"/proc/{process}/environ").read_text().split("\0")
+        found = dict(entry.partition("=")[::2] for entry in entries)
+        if "VLLM_API_KEY" in found:
+            return found["VLLM_API_KEY"]
+    raise AssertionError("no process of it has a key")
+
+
+def signalled(keeper: int, number: signal.Signals) -> None:
+    for process in inner(keeper):
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
 def test_a_killed_server_costs_time_and_no_token(served: Served, name: str) -> None:
+    """One that reads prompts is stopped first, so that it has some when it dies; one that decodes dies while it speaks."""
     jobs = jobs_of(12, seed=2, tokens=40)
-    ready = served.ready()
+    ready, keeper = served.ready(), served.started()[name]["process"]
 
     async def story() -> list[list[int]]:
-        asked = asyncio.create_task(answers(served, jobs))
-        await asyncio.sleep(0.4)
-        for process in inner(served.started()[name]["process"]):
-            os.kill(process, signal.SIGKILL)
-        return await asked
+        async with client(served) as http:
+            before = counted((await http.get("/metrics")).text, RETRIES)
+            if name.startswith("prefill"):
+                signalled(keeper, signal.SIGSTOP)
+            asked = [asyncio.create_task(ask(http, *job)) for job in jobs]
+            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            assert not all(one.done() for one in asked), "nothing is open any more"
+            signalled(keeper, signal.SIGKILL)
+            found = list(await asyncio.gather(*asked))
+            assert counted((await http.get("/metrics")).text, RETRIES) > before, "it had nothing to do"
+            return found
 
     assert same(served, jobs, asyncio.run(story()))
     until = time.monotonic() + STARTING
     while served.ready() == ready and time.monotonic() < until:
         time.sleep(0.2)
     assert served.ready() == ready + 1, "it was not started again"
+
+
+def test_a_server_that_would_load_other_weights_does_not_start(folder: Path, tmp_path: Path) -> None:
+    """As on a node whose copy of the exports has a file of another module, of the same shapes."""
+    found = prepared(folder, read_family(folder), ["base", "sun-f.own"], tmp_path)
+    right, other = (next(Path(found[name].folder).glob("*.safetensors")) for name in ("base", "sun-f.own"))
+    right.unlink()
+    shutil.copy(other, right)
+    made = command(Launch(name="w", weights=found["base"], dtype="float32", port=1), python=python())
+    environment = {**os.environ, **made.environment, "PYTHONPATH": inside(tmp_path)}
+    done = subprocess.run(
+        made.words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=STARTING,
+        check=False,
+    )
+    assert done.returncode and b"is not what was exported" in done.stdout
 
 
 def test_a_server_with_other_weights_is_refused_with_both_digests(served: Served) -> None:

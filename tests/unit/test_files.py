@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 import heliostat
 from heliostat.errors import Refused
 from heliostat.files import (
+    OWNER,
+    abandoned,
     atomic_directory,
     atomic_write_bytes,
     atomic_write_text,
@@ -24,6 +26,7 @@ from heliostat.files import (
     read_json,
     read_yaml,
     readable_size,
+    remove_abandoned,
     saving,
 )
 
@@ -359,3 +362,37 @@ def test_a_key_that_stands_twice_in_yaml_is_refused(tmp_path: Path, text: str) -
         read_yaml(path, what="recipe")
     path.write_text("x: &x {b: 1}\ny:\n  <<: *x\n  c: 2\n")
     assert read_yaml(path, what="recipe")["y"] == {"b": 1, "c": 2}
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from heliostat.files import hold
+hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_folder_goes_when_all_who_held_it_were_killed_and_not_before(tmp_path: Path) -> None:
+    folder, plain = tmp_path / "folder", tmp_path / "plain"
+    folder.mkdir()
+    plain.mkdir()
+    (folder / "file").touch()
+    (tmp_path / "link").symlink_to(folder)
+    holders = [python(HOLDER, folder / name) for name in (OWNER, "another.lock")]
+    for holder in holders:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        remove_abandoned(tmp_path.iterdir())
+        assert (folder / "file").exists() and not abandoned(folder / OWNER)
+    assert names(folder) == ["another.lock", "file", OWNER]
+    for holder in holders:
+        remove_abandoned(tmp_path.iterdir())
+        assert (folder / "file").exists()
+        holder.kill()
+        holder.communicate()
+    assert abandoned(folder / OWNER)
+    remove_abandoned([tmp_path / "link"])
+    assert folder.exists(), "what a link leads to is somebody else's"
+    remove_abandoned([*tmp_path.iterdir(), tmp_path / "gone"])
+    assert not folder.exists() and plain.exists() and not abandoned(folder / OWNER)

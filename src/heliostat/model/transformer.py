@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             and self.turned is not None
             and self.at_once.serves(x, laid)
         ):
-            self.at_once(x, self.turned(positions, x.dtype), laid, worn)
+            self.at_once(x, self.turned(positions, self.frequencies, x.dtype), laid, worn)
             return self.model.norm(x)
         angles = cos_sin(positions, self.frequencies, self.angle_scale, x.dtype)
         again = self.checkpointing and torch.is_grad_enabled()
@@ -283,7 +283,7 @@ class Transformer(nn.Module):
             mlp.joined = mlp.joined or Joined(mlp, ("gate_proj", "up_proj"))
         if native.built() and self.device.type == "cpu":
             self.at_once = self.at_once or self._blocks_at_once()
-            self.turned = self.turned or Turned(self.frequencies, self.angle_scale)
+            self.turned = self.turned or Turned(self.angle_scale)
 
     def _blocks_at_once(self) -> Blocks | ByRows:
         blocks, config = (

@@ -85,16 +85,16 @@ def cos_sin(
 class Turned:
     """``cos_sin`` looked up: for passes of few rows, where computing them takes as long as a block does."""
 
-    def __init__(self, frequencies: Tensor, scale: float) -> None:
-        self._asked = frequencies, scale
-        self._cos = self._sin = frequencies.new_empty(0)
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._of = self._cos = self._sin = torch.empty(0)
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, D] of ``positions`` [T]; no gradient passes. The table grows to twice what was asked for."""
         longest = int(positions.max())
-        if longest >= len(self._cos) or self._cos.dtype != dtype:
-            size = 1 << (longest + 1).bit_length()
-            self._cos, self._sin = cos_sin(torch.arange(size), *self._asked, dtype)
+        if longest >= len(self._cos) or self._cos.dtype != dtype or self._of is not frequencies:
+            size, self._of = 1 << (longest + 1).bit_length(), frequencies
+            self._cos, self._sin = cos_sin(torch.arange(size), frequencies, self._scale, dtype)
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 

@@ -6,10 +6,12 @@ No torch and no processes: what is started from it, and how, ``supervisor`` know
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -17,6 +19,7 @@ from heliostat.errors import Refused
 from heliostat.family import NAME, Family, Row, choose
 from heliostat.files import read_yaml
 from heliostat.serve.protocol import Role
+from heliostat.vllm.launch import NIXL, SIDE
 
 PREFILL: Role = "prefill"
 DECODE: Role = "decode"
@@ -24,6 +27,10 @@ ROLES: tuple[Role, ...] = get_args(Role)
 EMBEDDED, VLLM = ENGINES = ("embedded", "vllm")
 """The engines that are started here; one that runs at a url is of the second kind."""
 EXAMPLE = "lines like `workers: [{spawn: embedded, roles: [prefill]}, {spawn: embedded, roles: [decode]}]`"
+
+HOST = re.compile(r"[\w.:%-]+")
+"""Names and addresses of machines."""
+LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +137,9 @@ class Cluster:
                 raise Refused(
                     f"worker {place.name!r}: no engine {place.spawn!r}{near}; this version starts: {', '.join(ENGINES)}"
                 )
-            if place.url is not None and not place.url.startswith(("http://", "https://")):
+            if place.url is not None and (why := _wrong_url(place.url, self.terms)) is not None:
                 raise Refused(
-                    f"worker {place.name!r}: url is {place.url!r}; it must be like http://10.0.0.2:8001"
+                    f"worker {place.name!r}: url is {place.url!r}; it must be like http://10.0.0.2:8001{why}"
                 )
             if place.engine != self.engine:
                 raise Refused(
@@ -274,6 +281,22 @@ def _engine(values: Mapping[str, Any], where: str) -> tuple[str | None, str | No
         if value is not None and not isinstance(value, str):
             raise Refused(f"{where}: {word} is {value!r}; it must be a text")
     return spawn, url
+
+
+def _wrong_url(url: str, terms: Terms) -> str | None:
+    """What, or just that something, is wrong with it; None where nothing is."""
+    try:
+        found = urlsplit(url)
+        host, port = found.hostname, found.port
+    except ValueError as error:
+        return f" ({error})"
+    if found.scheme not in ("http", "https") or not host or not HOST.fullmatch(host) or "@" in found.netloc:
+        return ""
+    last = LAST_PORT - (SIDE if terms.transfer == NIXL else 0)
+    if port is not None and not 0 < port <= last:
+        side = f", with {SIDE} more for {NIXL}'s own" if last < LAST_PORT else ""
+        return f" (ports are 1 to {last}{side})"
+    return None
 
 
 def words(value: Any, where: str) -> Sequence[str]:

@@ -293,6 +293,7 @@ class Dispatcher:
         for name in attempt.route.names:
             if (worker := self.workers.get(name)) is not None:
                 worker.abort(attempt.order.id)
+        self._let_go(attempt)
 
     def _judge(self, name: str, failed: Failed, shunned: dict[str, None]) -> None:
         """What a failure says of the worker that told it."""

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +20,13 @@ from typing import BinaryIO
 
 import msgspec
 
+from heliostat.files import OWNER, abandoned, remove_abandoned
+
 GRACE = 2.0
 """Seconds to end by itself."""
 _PDEATHSIG = 1
+_LOOK = 0.05
+"""Seconds between two looks."""
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -32,6 +37,8 @@ class Kept(msgspec.Struct, frozen=True):
     """Beside the parent's."""
     log: str
     """Path of the file that all it writes is added to."""
+    memory: str = ""
+    """Folder of the parent, held by it (``files.hold``); it goes with the last of its servers, should the parent be gone."""
 
 
 def spawn(kept: Kept) -> subprocess.Popen[bytes]:
@@ -65,6 +72,8 @@ def main(given: BinaryIO) -> int:
     threading.Thread(target=_until_orphaned, args=(given, child), daemon=True).start()
     status = child.wait()
     _kill_group(child.pid)  # what it left behind
+    if kept.memory:
+        _leave(Path(kept.memory))
     return status if status >= 0 else 128 - status
 
 
@@ -91,6 +100,14 @@ def _end(child: subprocess.Popen[bytes], grace: float) -> None:
 def _kill_group(group: int) -> None:
     with suppress(ProcessLookupError):  # all have ended
         os.killpg(group, signal.SIGKILL)
+
+
+def _leave(folder: Path) -> None:
+    """Remove what a parent that is gone had in memory, as soon as those that were killed let go of it."""
+    until = time.monotonic() + GRACE
+    while abandoned(folder / OWNER) and time.monotonic() < until:
+        remove_abandoned([folder])
+        time.sleep(_LOOK)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Common:
     architectures: Mapping[str, str]
 
     def cache_mib(self, place: Place) -> int:
-        """For pages; on a GPU vLLM takes what its share of the memory leaves."""
+        """For pages, on a GPU, too: vLLM is told how many, and takes no more."""
         return self.cache if place.memory is None else min(self.cache, place.memory)
 
 

@@ -16,6 +16,8 @@ IDLE_SECONDS = 2.0
 """Seconds for which an idle connection is kept: less than servers do, which would close it under a request."""
 LONGEST_LINE = 2**22
 """Bytes of one event."""
+BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, ExceptionGroup)
+"""What asking may end in: its own kinds are no family, and several ways to one address fail as a group."""
 _COMPLAINT = 300
 """Characters of an engine's words that are kept."""
 
@@ -47,7 +49,7 @@ class HttpLine:
         """The body of what lies there. Raises Refusal where it is none."""
         try:
             reply = await self._http.get(self._url + path)
-        except (httpx2.HTTPError, OSError) as error:
+        except BROKEN as error:
             raise ConnectionError(told(error)) from error
         if not reply.is_success:
             raise Refusal(reply.status_code, _complaint(reply.content))
@@ -58,7 +60,7 @@ class HttpLine:
         async with self._asked(path, body) as reply:
             try:
                 return await reply.aread()
-            except (httpx2.HTTPError, OSError) as error:
+            except BROKEN as error:
                 raise ConnectionError(told(error)) from error
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
@@ -76,15 +78,11 @@ class HttpLine:
                             yield line[5:].strip()
                     if len(rest) > LONGEST_LINE:
                         raise ConnectionError("an event does not end")
-            except (httpx2.HTTPError, OSError) as error:
+            except BROKEN as error:
                 raise ConnectionError(told(error)) from error
 
     def _asked(self, path: str, body: Mapping[str, Any]) -> _Asked:
-        content = msgspec.json.encode(body)
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return _Asked(
-            self._http, self._http.build_request("POST", self._url + path, content=content, headers=headers)
-        )
+        return _Asked(self._http, self._url + path, msgspec.json.encode(body))
 
     async def close(self) -> None:
         """Close what is open."""
@@ -94,16 +92,18 @@ class HttpLine:
 class _Asked:
     """A request that was sent, and its answer while it is read."""
 
-    def __init__(self, http: httpx2.AsyncClient, request: httpx2.Request) -> None:
-        self._http, self._request = http, request
+    def __init__(self, http: httpx2.AsyncClient, url: str, content: bytes) -> None:
+        self._http, self._url, self._content = http, url, content
 
     async def __aenter__(self) -> httpx2.Response:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         try:
-            self._reply = await self._http.send(self._request, stream=True)
+            request = self._http.build_request("POST", self._url, content=self._content, headers=headers)
+            self._reply = await self._http.send(request, stream=True)
             if self._reply.is_success:
                 return self._reply
             words = _complaint(await self._reply.aread())
-        except (httpx2.HTTPError, OSError) as error:
+        except BROKEN as error:
             raise ConnectionError(told(error)) from error
         await self._reply.aclose()
         raise Refusal(self._reply.status_code, words, self._reply.headers.get(CODE, ""))
@@ -114,6 +114,8 @@ class _Asked:
 
 def told(error: BaseException) -> str:
     """What broke, without an address: some errors carry one, their kinds do not."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     return type(error).__name__
 
 

@@ -19,6 +19,7 @@ from subprocess import Popen
 from heliostat.engine.ledger import MIB, Ledger, available_memory, weights_of
 from heliostat.errors import Refused
 from heliostat.family import Family, Row
+from heliostat.files import OWNER, hold, remove_abandoned
 from heliostat.llm import parse_dtype
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.serve.cluster import Cluster, Place
@@ -28,14 +29,16 @@ from heliostat.serve.http_keeper import Kept, spawn
 from heliostat.serve.http_launching import KEPT, Common, common_of, cores_of, key_of, launch_of
 from heliostat.serve.http_layout import Server, servers_of
 from heliostat.serve.http_line import HttpLine
+from heliostat.serve.http_orders import ELSEWHERE
 from heliostat.serve.http_watch import PATIENCE
 from heliostat.serve.http_worker import HttpWorker
 from heliostat.serve.log import Log
 from heliostat.serve.nodes import USED
-from heliostat.serve.processes import SILENT, Means
+from heliostat.serve.processes import SILENT, STORE, Means, sweep_folders
 from heliostat.serve.roster import module_name
 from heliostat.serve.supervisor import Supervisor
-from heliostat.vllm.launch import command
+from heliostat.vllm.kept import private_folder
+from heliostat.vllm.launch import FILES, command
 from heliostat.vllm.layout import refuse_unfit
 
 PYTHON = "HELIOSTAT_VLLM"
@@ -100,11 +103,15 @@ class Servers:
 
     def __init__(self, common: Common, servers: Mapping[str, Server], tokenizer: Tokenizer, log: Log) -> None:
         self._common, self._servers, self._tokenizer, self._log = common, servers, tokenizer, log
-        self._folder = Path(tempfile.mkdtemp(prefix="heliostat-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=STORE))
+        self._reached: dict[str, HttpWorker] = {}
+        self._ports: dict[str, socket.socket] = {}
         # Ports of the loopback are everybody's on this machine.
         self._agreed = key_of(common.terms)
         self._key = self._agreed or secrets.token_urlsafe(24)
         self._kept = f"{KEPT}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._memory = private_folder(self._kept)
+        self._held = [hold(folder / OWNER) for folder in (self._folder, self._memory)]
         here = [server.place for server in servers.values() if server.place.url is None]
         self._cores = cores_of(here)
         # Side by side on one device: vLLM would give each nearly all of it.
@@ -116,7 +123,7 @@ class Servers:
         than the cluster says."""
         if place.url is not None:
             return await self._reach(place.url, self._expected(place, modules, None), None)
-        incarnation, port = secrets.token_hex(8), _free_port()
+        incarnation, port = secrets.token_hex(8), self._port(place)
         log = self._folder / f"{place.name}.log"
         launch = launch_of(
             self._common,
@@ -129,7 +136,7 @@ class Servers:
         )
         done = command(launch, python=python())
         environment = {**done.environment, "VLLM_API_KEY": self._key}
-        process = spawn(Kept(done.words, environment, str(log)))
+        process = spawn(Kept(done.words, environment, str(log), str(self._memory)))
         self._log.say("worker starts", worker=place.name, process=process.pid, port=port)
         expected = self._expected(place, modules, incarnation)
         try:
@@ -149,6 +156,7 @@ class Servers:
             while True:
                 with suppress(ConnectionError):
                     await worker.describe()
+                    self._refuse_other_version(worker, expected)
                     worker.start()
                     return Served(worker, process)
                 if process is not None and process.poll() is not None:
@@ -160,6 +168,29 @@ class Servers:
         except BaseException:
             await worker.close()
             raise
+
+    def _refuse_other_version(self, worker: HttpWorker, expected: Expected) -> None:
+        """Where vLLM's own connectors carry keys and values: two versions need not lay them out alike."""
+        if self._common.terms.transfer == FILES or len(expected.roles) > 1:
+            return
+        for name, other in self._reached.items():
+            if name != expected.worker and not other.gone and other.version != worker.version:
+                raise Refused(
+                    f"worker {expected.worker!r} runs vLLM {worker.version}, worker {name!r} {other.version}: keys and "
+                    "values do not travel between two versions; start all with one"
+                )
+        self._reached[expected.worker] = worker
+
+    def _port(self, place: Place) -> int:
+        """A port of the loopback for its server. It stays bound here, too: whoever takes any port gets another one."""
+        if (before := self._ports.pop(place.name, None)) is not None:
+            before.close()
+        self._ports[place.name] = bound = socket.socket()
+        bound.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # the server sets it as well, and so may have it
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
     def _expected(self, place: Place, modules: Mapping[str, str], incarnation: str | None) -> Expected:
         common = self._common
@@ -174,10 +205,19 @@ class Servers:
             incarnation=incarnation,
         )
 
+    def sweep(self) -> None:
+        """Remove what servers of this user left, on the disk and in memory, that were killed with all that they started."""
+        sweep_folders()
+        remove_abandoned(Path(KEPT).parent.glob(f"{Path(KEPT).name}-*-*-{os.getuid()}"))
+
     def leave(self) -> None:
         """Remove the folders; what is held for others in memory goes with those that held it."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        shutil.rmtree(f"{self._kept}-{os.getuid()}", ignore_errors=True)
+        shutil.rmtree(self._memory, ignore_errors=True)
+        for bound in self._ports.values():
+            bound.close()
+        while self._held:
+            os.close(self._held.pop())
 
 
 def servers(
@@ -191,6 +231,10 @@ def servers(
     log: Log,
 ) -> Supervisor:
     """The crew of a cluster of vLLM servers. Refused for what vLLM cannot load or play, or has no room for here."""
+    if means.wanted.draft is not None:
+        raise Refused(
+            f"--draft {means.wanted.draft}: vLLM servers get no draft; leave it out, or {ELSEWHERE}"
+        )
     placed = servers_of(cluster, family, rows)
     here = [server for server in placed.values() if server.place.url is None]
     refuse_unfit(means.family, family, rows)
@@ -207,6 +251,7 @@ def servers(
         folder=means.family,
         tokenizer=tokenizer.digest,
         log=log,
+        sweep=starter.sweep,
         at_last=starter.leave,
         ready=READY_SECONDS,
     )
@@ -242,13 +287,6 @@ def _refuse_too_large(here: Sequence[Server], family: Family, means: Means, comm
         "Start fewer workers, lower --cache-mib, or put some on other machines (heliostat cluster render)"
     )
     Ledger(tuple(lines)).refuse_over(available_memory("cpu"), remedy=remedy)
-
-
-def _free_port() -> int:
-    """A port of the loopback that nobody has now; who takes it meanwhile is found out by its incarnation."""
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return int(made.getsockname()[1])
 
 
 def _last_words(log: Path) -> str:

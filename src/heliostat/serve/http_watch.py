@@ -45,7 +45,10 @@ class Watch:
     async def look(self) -> wire.Described:
         """What it says that it is. ConnectionError where it cannot be asked now, Refused where it is none of ours."""
         try:
-            return _described(await self._line.get(wire.DESCRIBED))
+            async with asyncio.timeout(self._patience):
+                return _described(await self._line.get(wire.DESCRIBED))
+        except TimeoutError as error:
+            raise ConnectionError(f"no answer within {self._patience:g} s") from error
         except Refusal as refusal:
             if refusal.status in (401, 403):
                 raise Refused(f"worker {self._worker!r} wants a key, or another one") from refusal
@@ -58,13 +61,20 @@ class Watch:
         except msgspec.DecodeError as error:
             raise Refused(f"worker {self._worker!r} describes itself strangely: {error}") from error
 
+    async def used(self) -> float:
+        """The part of its pages that is in use."""
+        with suppress(Refusal, ValueError):
+            for line in (await self._line.get("/metrics")).decode("utf-8", "replace").splitlines():
+                if line.startswith("vllm:kv_cache_usage_perc"):
+                    return max(0.0, min(1.0, float(line.rpartition(" ")[2])))
+        return 0.0
+
     async def lost(self) -> str:
         """Returns when it is not there any more: why."""
         while True:
             await asyncio.sleep(self._beat)
-            with suppress(ConnectionError, TimeoutError, Refused):
-                async with asyncio.timeout(self._patience):
-                    found = await self.look()
+            with suppress(ConnectionError, Refused):
+                found = await self.look()
                 self.heard()
                 if self.incarnation and found.incarnation != self.incarnation:
                     return "the server was started anew"

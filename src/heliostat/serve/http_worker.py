@@ -89,6 +89,11 @@ class HttpWorker:
         return self._watch.silent
 
     @property
+    def version(self) -> str:
+        """vLLM's there; empty before it was described."""
+        return self._facts.vllm if self._facts is not None else ""
+
+    @property
     def gone(self) -> str:
         """Why nothing can be asked of it any more; empty while all is well."""
         return self._gone
@@ -255,6 +260,9 @@ class HttpWorker:
             failed = no(order.id, "deadline", "not answered within its deadline")
         except asyncio.CancelledError:
             failed = call.failed
+        except Exception as error:  # nobody waits for this task: who does not hear of it waits for ever
+            hear(no(order.id, "worker_lost", f"a fault of heliostat ({type(error).__name__})"))
+            raise
         finally:
             self._calls.pop(order.id, None)
         if failed is not None:
@@ -358,16 +366,8 @@ class HttpWorker:
         """What it is doing, as far as is known from here."""
         described = await self.describe()
         members = Counter(call.member for call in self._calls.values())
-        used = min(described.pages, round(await self._used() * described.pages))
+        used = min(described.pages, round(await self._watch.used() * described.pages))
         return Stats(running=dict(members), pages=described.pages, available=described.pages - used)
-
-    async def _used(self) -> float:
-        """The part of its pages that is in use."""
-        with suppress(Refusal, ValueError):
-            for line in (await self._line.get("/metrics")).decode("utf-8", "replace").splitlines():
-                if line.startswith("vllm:kv_cache_usage_perc"):
-                    return max(0.0, min(1.0, float(line.rpartition(" ")[2])))
-        return 0.0
 
     async def load(self, modules: Mapping[str, str]) -> Described:
         """A server holds what it was started with."""

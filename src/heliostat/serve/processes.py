@@ -22,6 +22,7 @@ from heliostat.engine.speculation.wanted import Wanted
 from heliostat.engine.store import sweep
 from heliostat.errors import Refused
 from heliostat.family import Family
+from heliostat.files import OWNER, hold, remove_abandoned
 from heliostat.llm import parse_dtype
 from heliostat.serve.cluster import DECODE, Cluster, Place
 from heliostat.serve.dispatch import Dispatcher
@@ -33,7 +34,7 @@ from heliostat.serve.supervisor import Supervisor
 from heliostat.serve.worker_process import spawn
 
 STORE = "heliostat-"
-"""What the names of all servers' memory for pages begin with."""
+"""What the names of all servers' memory for pages begin with, and those of their folders."""
 SILENT = 30.0
 """Seconds without any word after which a process is taken for dead."""
 _LOOK = 0.05
@@ -104,7 +105,8 @@ class Starter:
         """``caches``: MiB for pages, by worker."""
         self._means, self._caches, self._log = means, caches, log
         self._share = max(1, (os.cpu_count() or 1) // len(cluster.places))
-        self._folder = Path(tempfile.mkdtemp(prefix="heliostat-"))
+        self._folder = Path(tempfile.mkdtemp(prefix=STORE))
+        self._held = [hold(self._folder / OWNER)]
         self._store = f"{STORE}{os.getpid()}-{secrets.token_hex(4)}"
 
     async def __call__(self, place: Place, modules: Mapping[str, str]) -> Process:
@@ -145,13 +147,21 @@ class Starter:
         return Process(process, worker)
 
     def sweep(self) -> None:
-        """Remove memory that dead workers of ours left."""
+        """Remove memory that dead workers of ours left, and the folders of servers that were killed."""
         sweep(self._store)
+        sweep_folders()
 
     def leave(self) -> None:
         """Remove the folder, too, and what servers left that were killed with their workers."""
         sweep(STORE)
         shutil.rmtree(self._folder, ignore_errors=True)
+        while self._held:
+            os.close(self._held.pop())
+
+
+def sweep_folders() -> None:
+    """Remove the folders for sockets and logs that servers left which were killed."""
+    remove_abandoned(Path(tempfile.gettempdir()).glob(f"{STORE}*"))
 
 
 def processes(

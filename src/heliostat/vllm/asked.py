@@ -25,6 +25,8 @@ class Settings(Facts, frozen=True, kw_only=True):
 
     weights: str
     """Name in ``model`` of a request that runs without an adapter."""
+    folders: Mapping[str, str] = {}
+    """What it loads: folder -> digest of the module that was exported there."""
     two_streams: bool
     folder: str
     keep_mib: int

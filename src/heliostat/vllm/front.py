@@ -24,7 +24,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-ASKED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+ASKED = "/v1/completions"
+OPEN = ("/health", "/ping")
+"""Everybody may know whether it lives; whatever else there is asks for the key."""
+OTHERS = ("/metrics",)
+"""vLLM's that go on as they came. What stands nowhere here does not exist: there are ways past our checks among it."""
 MAX_BODY = 64 << 20
 """Bytes; a longer one is refused unread."""
 
@@ -54,23 +58,30 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if self.settings is None or scope["type"] != "http":
+        if self.settings is None or scope["type"] == "lifespan" or scope["path"] in OPEN:
             return await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close"})
+        if not _allowed(scope):
+            return await _turn_away(send, 401, "a key is asked for")
         path = scope["path"]
         if path in (DESCRIBED, RELEASE):
             return await self._own(scope, receive, send)
-        if path not in ASKED or scope["method"] != "POST" or not _allowed(scope):
-            return await self.app(scope, receive, send)  # behind this stands vLLM's own question for the key
+        if path == ASKED and scope["method"] == "POST":
+            return await self._asked(scope, receive, send)
+        if path == ASKED or path in OTHERS:
+            return await self.app(scope, receive, send)
+        return await _turn_away(send, 404, f"a server of heliostat has no {path}: ask the one in front of it")
+
+    async def _asked(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _body(receive)
         if body is None:
             return await _say(send, 413, Wrong("refused", f"the body has more than {MAX_BODY >> 20} MiB"))
-        if (found := self._wrong(path, body)) is not None:
+        if (found := self._wrong(body)) is not None:
             return await _say(send, 409, found)
         return await self.app(scope, _again(body, receive), send)
 
     async def _own(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _allowed(scope):
-            return await _say(send, 401, Wrong("refused", "a key is asked for"))
         if scope["path"] == DESCRIBED and scope["method"] == "GET":
             return await _reply(send, 200, msgspec.json.encode(self.described(scope)))
         if scope["path"] == RELEASE and scope["method"] == "POST":
@@ -100,7 +111,7 @@ class Front:
             kept.release(kept.private_folder(settings.folder), released.handle)
         await _reply(send, 204, b"")
 
-    def _wrong(self, path: str, body: bytes) -> Wrong | None:
+    def _wrong(self, body: bytes) -> Wrong | None:
         settings = self.settings
         assert settings is not None
         try:
@@ -112,8 +123,8 @@ class Front:
         if settings.role == "both" and not asked.kv_transfer_params:
             return None
         ids = asked.prompt
-        if path != ASKED[0] or not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            return Wrong("refused", f"this worker takes token ids at {ASKED[0]}, one prompt at a time")
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            return Wrong("refused", "this worker takes token ids, one prompt at a time")
         params = asked.kv_transfer_params
         if (found := wrong(settings, asked.model, params, len(ids))) is not None:
             return found
@@ -135,7 +146,7 @@ def _not_there(settings: Settings, params: dict[str, Any], ids: list[int]) -> Wr
 
 
 def _allowed(scope: Scope) -> bool:
-    """vLLM's own check of keys looks at /v1 only."""
+    """vLLM's own check of keys looks at few paths only."""
     key = os.environ.get("VLLM_API_KEY", "")
     given = dict(scope["headers"]).get(b"authorization", b"")
     return not key or hmac.compare_digest(given, f"Bearer {key}".encode())
@@ -181,6 +192,11 @@ def _again(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return once
+
+
+async def _turn_away(send: Send, status: int, reason: str) -> None:
+    """Whoever asked knows not what this is: no code of ours."""
+    await _reply(send, status, msgspec.json.encode({"error": {"message": reason, "code": status}}))
 
 
 async def _say(send: Send, status: int, found: Wrong) -> None:

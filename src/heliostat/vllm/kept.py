@@ -6,11 +6,11 @@ tokens, in which layout, with a digest of the bytes. Whoever loads compares all 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,10 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from heliostat.errors import Refused
+from heliostat.files import abandoned, hold
 
 HANDLE = re.compile(r"[A-Za-z0-9]{1,64}-[0-9a-f]{32}")
 FORMAT = "1"
 MIB = 1 << 20
+SWEEPS = 4
+"""Looks for what is too old, in the time of a lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,21 +119,27 @@ class Shelf:
     keep_bytes: int
     lease: float
     _lock: int | None = field(default=None, repr=False)
+    _closed: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def open(self) -> Shelf:
         """Hold the lock that says that this process lives, and remove what dead ones left."""
-        path, new = self.folder / f"{self.own}.lock", self.folder / f"{self.own}.new"
-        self._lock = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        new.rename(path)  # only now do others see it: nobody finds it without its holder
+        path = self.folder / f"{self.own}.lock"
+        self._lock = hold(path)
         for lock in self.folder.glob("*.lock"):
-            if lock != path and _dead(lock):
+            if lock != path and abandoned(lock):
                 _remove(self.folder, lock.stem)
                 lock.unlink(missing_ok=True)
+        threading.Thread(target=self._sweep_on, daemon=True).start()
         return self
+
+    def _sweep_on(self) -> None:
+        """vLLM calls nobody where it has nothing to do, and then leases end, too."""
+        while not self._closed.wait(self.lease / SWEEPS):
+            self.sweep()
 
     def close(self) -> None:
         """Remove all that is kept."""
+        self._closed.set()
         _remove(self.folder, self.own)
         if self._lock is not None:
             (self.folder / f"{self.own}.lock").unlink(missing_ok=True)
@@ -242,20 +251,6 @@ def _size(file: Path) -> int:
         return file.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _dead(lock: Path) -> bool:
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _remove(folder: Path, own: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -137,6 +138,17 @@ class Launch:
             return dict.fromkeys(self.modules, self.weights.digest)
         return self.modules
 
+    @property
+    def folders(self) -> dict[str, str]:
+        """All that it loads: folder -> digest under which it was exported."""
+        found = {module.folder: module.digest for module in (self.weights, *self.adapters)}
+        return found | ({self.zero: zero_digest(self.weights.digest)} if self.zero else {})
+
+
+def zero_digest(weights: str) -> str:
+    """Digest (hex) of the adapter that changes nothing of weights with this digest."""
+    return hashlib.sha256(f"zero {weights}".encode()).hexdigest()
+
 
 TWO_STREAMS = {
     "LlamaForCausalLM": "HeliostatTwoStreamLlama",
@@ -221,6 +233,7 @@ def settings(launch: Launch) -> dict[str, Any]:
         "modules": launch.modules,
         "writers": launch.writers,
         "weights": _served(launch),
+        "folders": launch.folders,
         "two_streams": launch.two_streams,
         "page_size": launch.page_size,
         "dtype": launch.dtype,

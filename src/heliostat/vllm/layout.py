@@ -1,6 +1,7 @@
 """Modules of a family as vLLM loads them: checkpoints with a tokenizer, plain LoRAs in PEFT's format; written once each.
 
 They lie in the family under ``exports/vllm``, by digest. Weights are not copied where the disk can give a file two names.
+What lies there is believed by the digests of its files only, and written anew where it is something else.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ from heliostat.files import atomic_directory, atomic_write_text, read_json
 from heliostat.linear.adapter import CONFIG, LOW_RANK, PREFIX, WEIGHTS, Saved, read_adapter
 from heliostat.model.config import ARCHITECTURES, read_config
 from heliostat.model.weights import INDEX, save_tensors, weight_files
-from heliostat.vllm.launch import TWO_STREAMS, Hosted
+from heliostat.vllm.launch import TWO_STREAMS, Hosted, zero_digest
+from heliostat.vllm.sealed import refuse_other, seal
 
 EXPORTS = "exports/vllm"
 EMBEDDED = "serve this family with the embedded engine: heliostat serve, without --engine vllm"
@@ -33,7 +36,7 @@ EMBEDDED = "serve this family with the embedded engine: heliostat serve, without
 def prepared(
     folder: Path, family: Family, names: Iterable[str], out: Path | None = None
 ) -> dict[str, Hosted]:
-    """These modules in vLLM's layout, each written if it is not there, their files checked first.
+    """These modules in vLLM's layout, each written if it is not there whole, their files checked first.
 
     ``out``: where; the family's ``exports/vllm`` if None. Raises Refused for what vLLM cannot load.
     """
@@ -43,9 +46,7 @@ def prepared(
         refuse_unknown(folder, family, name)
         verify_module(folder, family, name)
         target = _place(folder, out, module.digest)
-        if not target.is_dir():
-            with atomic_directory(target) as partial:
-                _write(folder, family, module, partial)
+        _whole(target, module.digest, partial(_write, folder, family, module))
         rank = 0 if module.base is None else int(read_json(target / CONFIG)["r"])
         found[name] = Hosted(name=name, digest=module.digest, folder=str(target), rank=rank)
     return found
@@ -54,12 +55,11 @@ def prepared(
 def zero_adapter(folder: Path, family: Family, weights: str, out: Path | None = None) -> str:
     """Folder of an adapter that changes nothing of these weights, written if it is not there."""
     folder = Path(folder)
-    target = _place(folder, out, hashlib.sha256(f"zero {family.module(weights).digest}".encode()).hexdigest())
-    if not target.is_dir():
-        inputs, outputs = read_config(module_folder(folder, family.module(weights))).linears["q_proj"]
-        path = "model.layers.0.self_attn.q_proj"
-        with atomic_directory(target) as partial:
-            _write_lora(partial, {path: (torch.zeros(8, inputs), torch.zeros(outputs, 8))})
+    digest = zero_digest(family.module(weights).digest)
+    target = _place(folder, out, digest)
+    inputs, outputs = read_config(module_folder(folder, family.module(weights))).linears["q_proj"]
+    parts = {"model.layers.0.self_attn.q_proj": (torch.zeros(8, inputs), torch.zeros(outputs, 8))}
+    _whole(target, digest, partial(_write_lora, parts=parts))
     return str(target)
 
 
@@ -117,6 +117,17 @@ def _refuse_two_rows(folder: Path, family: Family, member: str, row: Row) -> Non
 
 def _place(folder: Path, out: Path | None, digest: str) -> Path:
     return (Path(folder) / EXPORTS if out is None else Path(out)) / digest[:16]
+
+
+def _whole(target: Path, digest: str, write: Callable[[Path], None]) -> None:
+    """Have exactly what was exported lie there."""
+    try:
+        return refuse_other(target, digest)
+    except Refused:  # not there, damaged, or by a heliostat that sealed nothing
+        shutil.rmtree(target, ignore_errors=True)
+    with atomic_directory(target) as folder:
+        write(folder)
+        seal(folder, digest)
 
 
 def _write(folder: Path, family: Family, module: Module, target: Path) -> None:

@@ -9,11 +9,13 @@ import importlib
 import inspect
 import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from heliostat.errors import Refused
-from heliostat.vllm.asked import settings_of
-from heliostat.vllm.launch import KEY, TWO_STREAMS
+from heliostat.vllm.asked import Settings, settings_of
+from heliostat.vllm.launch import KEY, NIXL, TWO_STREAMS
+from heliostat.vllm.sealed import refuse_other
 from heliostat.vllm.versions import refuse_missing, refuse_unsupported
 
 STANDS_ON = {
@@ -29,17 +31,43 @@ STANDS_ON = {
     "vllm.config.kv_transfer": ("KVTransferConfig.kv_load_failure_policy",),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys",),
 }
+NIXL_STANDS_ON = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.nixl": (
+        "NixlConnector.get_num_new_matched_tokens",
+        "NixlConnector.update_state_after_alloc",
+        "NixlConnector.build_connector_meta",
+        "NixlConnector.request_finished_all_groups",
+        "NixlConnector.start_load_kv",
+        "NixlConnector.get_block_ids_with_load_errors",
+    ),
+}
 TWO_STREAMS_STAND_ON = {
     "vllm.v1.core.kv_cache_utils": ("_gen_lora_extra_hash_keys",),
     "vllm.lora.layers.base_linear": ("BaseLinearLayerWithLoRA",),
+    "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase.add_lora_linear",),
+    "vllm.v1.attention.backend": ("CommonAttentionMetadata.query_start_loc",),
     "vllm.forward_context": ("get_forward_context",),
     "vllm.model_executor.models.llama": ("LlamaForCausalLM", "LlamaAttention"),
 }
 
 
+def stands_on(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """What a process of this kind needs: names in modules of vLLM."""
+    two = TWO_STREAMS_STAND_ON if settings.two_streams else {}
+    nixl = NIXL_STANDS_ON if settings.transfer == NIXL else {}
+    found = dict(STANDS_ON)
+    for more in (two, nixl):
+        found |= {module: (*found.get(module, ()), *names) for module, names in more.items()}
+    return found
+
+
+VERIFIED = "HELIOSTAT_VERIFIED"
+"""Environment variable: the incarnation whose files were compared; a server's other processes inherit it."""
+
+
 def register() -> None:
-    """Raises Refused, which ends the process, where it should have a key and has none, or its vLLM is not one that the
-    plug-ins know."""
+    """Raises Refused, which ends the process, where it should have a key and has none, its vLLM is not one that the plug-ins
+    know, or what it would load is not what was exported."""
     settings = settings_of()
     if settings is None:
         return
@@ -50,10 +78,18 @@ def register() -> None:
         )
     found = version("vllm")
     refuse_unsupported(found)
-    asked = {**STANDS_ON, **(TWO_STREAMS_STAND_ON if settings.two_streams else {})}
-    refuse_missing(found, missing(asked))
+    refuse_missing(found, missing(stands_on(settings)))
+    _verify_once(settings)
     if settings.two_streams:
         register_two_streams()
+
+
+def _verify_once(settings: Settings) -> None:
+    if os.environ.get(VERIFIED) == settings.incarnation:
+        return
+    for folder, digest in settings.folders.items():
+        refuse_other(Path(folder), digest)
+    os.environ[VERIFIED] = settings.incarnation
 
 
 def missing(asked: dict[str, tuple[str, ...]]) -> list[str]:

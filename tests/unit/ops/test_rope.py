@@ -86,7 +86,7 @@ def test_angles_looked_up_are_those_computed_as_far_as_anybody_asks() -> None:
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10_000.0},
         8,
     )
-    turned = Turned(frequencies, scale)
+    turned = Turned(scale)
     for positions, dtype in (
         ([0], torch.float32),
         ([5, 3, 5], torch.float32),
@@ -95,7 +95,12 @@ def test_angles_looked_up_are_those_computed_as_far_as_anybody_asks() -> None:
     ):
         where = torch.tensor(positions)
         for found, computed in zip(
-            turned(where, dtype), cos_sin(where, frequencies, scale, dtype), strict=True
+            turned(where, frequencies, dtype), cos_sin(where, frequencies, scale, dtype), strict=True
         ):
             assert found.dtype is dtype
             torch.testing.assert_close(found, computed)
+    other = frequencies / 2
+    assert torch.equal(
+        turned(torch.tensor([3]), other, torch.float32)[0],
+        cos_sin(torch.tensor([3]), other, scale, torch.float32)[0],
+    )

@@ -119,6 +119,36 @@ def test_engines_that_this_version_cannot_reach_are_refused_by_worker() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://127.0.0.1:80001", "out of range"),
+        ("http://127.0.0.1:0", "ports are 1 to 65535"),
+        ("http://[::1", "Invalid IPv6"),
+        ("http://", "it must be like"),
+        ("http://a b:1", "it must be like"),
+        ("http://user:word@10.0.0.1:1", "it must be like"),
+        ("ftp://10.0.0.1:1", "it must be like"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_before_anybody_is_asked(url: str, told: str) -> None:
+    with pytest.raises(Refused, match=told):
+        Cluster((Place(name="far", spawn=None, url=url),)).refuse_unreachable()
+
+
+def test_addresses_of_every_kind_are_taken_and_a_port_beside_needs_room() -> None:
+    urls = (
+        "http://10.0.0.1:65000",
+        "https://node-1.example:8001/vllm",
+        "http://[fe80::1]:65535",
+        "http://my_node",
+    )
+    places = tuple(Place(name=f"w{n}", spawn=None, url=url) for n, url in enumerate(urls))
+    Cluster(places).refuse_unreachable()
+    with pytest.raises(Refused, match="ports are 1 to 64535"):
+        Cluster(places, terms=Terms(transfer="nixl")).refuse_unreachable()
+
+
+@pytest.mark.parametrize(
     ("places", "told"),
     [
         ([("p", "prefill", ["base"]), ("d", "decode", ["base"])], "'math.*no worker with role prefill hosts 'math.own'"),

@@ -6,6 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
+from heliostat.files import OWNER, hold
 from heliostat.serve.http_keeper import Kept, spawn
 
 CHILD = "import os, sys, time; print(os.getpid(), os.environ['MARK'], flush=True); time.sleep(600)"
@@ -63,6 +66,26 @@ def test_the_child_goes_with_a_keeper_that_is_killed(tmp_path: Path) -> None:
         os.kill(keeper.pid, signal.SIGKILL)
         keeper.wait(20)
     assert gone(child)
+
+
+def test_a_parents_memory_goes_with_its_last_server_where_the_parent_is_gone(tmp_path: Path) -> None:
+    """The child holds a lock there, as a server does, and does not end when asked to."""
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    owner = hold(memory / OWNER)
+    stubborn = f"import signal, pathlib; from heliostat.files import hold; hold(pathlib.Path({str(memory / 'x.lock')!r})); "
+    stubborn += "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    for parent_lives in (True, False):
+        asked = msgspec.structs.replace(kept(tmp_path, stubborn + CHILD), memory=str(memory))
+        with spawn(asked) as keeper:
+            child_of(tmp_path)
+            if not parent_lives:
+                os.close(owner)
+            assert keeper.stdin is not None
+            keeper.stdin.close()
+            keeper.wait(20)
+        (tmp_path / "log").unlink()
+        assert memory.exists() == parent_lives
 
 
 def test_the_childs_status_is_told(tmp_path: Path) -> None:

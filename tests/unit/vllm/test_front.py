@@ -77,19 +77,55 @@ def test_it_says_what_the_worker_is() -> None:
     assert ask(front("both"), wire.DESCRIBED, method="GET")[1]["transfer"] == ""
 
 
-def test_its_own_paths_ask_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    for path, method in ((wire.DESCRIBED, "GET"), (wire.RELEASE, "POST")):
-        assert ask(front("prefill"), path, {}, method=method)[0] == 401
-        assert ask(front("prefill"), path, {}, method=method, key="other")[0] == 401
-    assert ask(front("prefill"), wire.DESCRIBED, method="GET", key="secret")[0] == 200
+PATHS = (
+    (wire.DESCRIBED, "GET", 200),
+    (wire.RELEASE, "POST", 400),
+    (COMPLETIONS, "POST", 409),
+    (COMPLETIONS, "GET", 200),
+    ("/metrics", "GET", 200),
+    ("/invocations", "POST", 404),
+    ("/v1/chat/completions", "POST", 404),
+    ("/v1/completions/", "POST", 404),
+    ("/v1/load_lora_adapter", "POST", 404),
+    ("/inference/v1/generate", "POST", 404),
+    ("/tokenize", "POST", 404),
+    ("/heliostat/described/", "GET", 404),
+)
 
 
-def test_who_has_no_key_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("path", "method", "status"), PATHS)
+def test_every_path_asks_for_the_key_and_few_are_there(
+    monkeypatch: pytest.MonkeyPatch, path: str, method: str, status: int
+) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    wrong = request(wire.alone(W))
-    assert ask(front("decode"), COMPLETIONS, wrong)[:2] == (200, wrong), "vLLM itself turns it away"
-    assert ask(front("decode"), COMPLETIONS, wrong, key="secret")[2] == "module_missing"
+    body = request(wire.alone(W)) if path == COMPLETIONS else {}
+    for key in ("", "other"):
+        assert ask(front("decode"), path, body, method=method, key=key)[::2] == (401, "")
+    assert ask(front("decode"), path, body, method=method, key="secret")[0] == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_whether_it_lives_everybody_may_know(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert ask(front("decode"), path, method="GET")[0] == 200
+
+
+def test_there_are_no_websockets_and_a_life_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        await send(scope["type"])
+
+    async def story() -> None:
+        asked = Front(inside, front("decode").settings)
+        for scope in ({"type": "websocket", "path": "/v1/realtime", "headers": []}, {"type": "lifespan"}):
+            await asked(scope, None, send)  # type: ignore[arg-type]
+
+    asyncio.run(story())
+    assert said == [{"type": "websocket.close"}, "lifespan"]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -97,7 +133,6 @@ def test_what_is_right_goes_on_as_it_came(parts: int) -> None:
     body = request(wire.keep(B, 3))
     assert ask(front("prefill"), COMPLETIONS, body, parts=parts)[:2] == (200, body)
     assert ask(front("both"), COMPLETIONS, {"model": "x", "prompt": "text"})[0] == 200
-    assert ask(front("decode"), "/v1/models", method="GET")[0] == 200
     assert ask(front("decode"), COMPLETIONS, request(wire.alone(B)))[0] == 200
 
 

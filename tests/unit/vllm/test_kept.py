@@ -127,6 +127,17 @@ def test_what_nobody_fetches_goes_with_its_lease(shelf: kept.Shelf) -> None:
     assert [file.name.partition(".")[0] for file in shelf.folder.glob("me-*")] == [new]
 
 
+def test_what_nobody_fetches_goes_though_nothing_more_is_written(tmp_path: Path) -> None:
+    shelf = kept.Shelf(kept.private_folder(str(tmp_path / "handed")), "me", 1 << 20, 0.05).open()
+    name = handle()
+    shelf.write(name, LABEL, pages())
+    until = time.monotonic() + 30
+    while list(shelf.folder.glob("*.pages")) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not list(shelf.folder.glob("*.pages"))
+    shelf.close()
+
+
 def test_the_dead_are_swept_and_the_living_are_not(tmp_path: Path) -> None:
     folder = kept.private_folder(str(tmp_path / "handed"))
     living = kept.Shelf(folder, "living", 1 << 20, 60.0).open()

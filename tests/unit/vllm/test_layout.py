@@ -1,6 +1,7 @@
 """What vLLM loads of a family: whole checkpoints with a tokenizer, plain LoRAs of the same function; what it cannot."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from heliostat.family import Row
 from heliostat.linear.adapter import read_adapter
 from heliostat.model.tokenizer import Tokenizer
 from heliostat.vllm import layout
+from heliostat.vllm.launch import zero_digest
+from heliostat.vllm.sealed import refuse_other
 
 
 def test_a_checkpoint_is_whole_and_is_written_once(tiny_family: Path) -> None:
@@ -26,10 +29,34 @@ def test_a_checkpoint_is_whole_and_is_written_once(tiny_family: Path) -> None:
     ours = load_file(next((tiny_family / "base").glob("*.safetensors")))
     theirs = load_file(next(folder.glob("*.safetensors")))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
-    marked = folder / "mark"
-    marked.touch()
+    before = (folder / "config.json").stat()
     layout.prepared(tiny_family, family, ["base"])
-    assert marked.exists()
+    assert os.path.samestat((folder / "config.json").stat(), before)
+
+
+def test_an_export_that_is_something_else_is_written_again(tiny_family: Path) -> None:
+    """A folder's name is no proof: the files may be another module's of the same shapes, or not all there."""
+    family = read_family(tiny_family)
+    full = next(name for name, module in family.modules.items() if module.base is None and name != "base")
+    adapter = next(name for name, module in family.modules.items() if module.base is not None)
+    found = layout.prepared(tiny_family, family, ["base", full, adapter])
+    right = load_file(Path(found[full].folder) / "model.safetensors")
+    (Path(found[full].folder) / "model.safetensors").unlink()  # it has another name in the family
+    shutil.copy(
+        Path(found["base"].folder) / "model.safetensors", Path(found[full].folder) / "model.safetensors"
+    )
+    (Path(found["base"].folder) / "config.json").unlink()
+    zero = Path(layout.zero_adapter(tiny_family, family, "base"))
+    shutil.rmtree(found[adapter].folder)
+    shutil.copytree(zero, found[adapter].folder)
+    (zero / "digests.json").unlink()  # as by a heliostat that wrote none
+    assert layout.prepared(tiny_family, family, ["base", full, adapter]) == found
+    assert layout.zero_adapter(tiny_family, family, "base") == str(zero)
+    again = load_file(Path(found[full].folder) / "model.safetensors")
+    assert all(torch.equal(right[name], again[name]) for name in right)
+    for module in found.values():
+        refuse_other(Path(module.folder), module.digest)
+    refuse_other(zero, zero_digest(family.module("base").digest))
 
 
 def test_a_full_module_brings_the_family_s_tokenizer(tiny_family: Path) -> None:
