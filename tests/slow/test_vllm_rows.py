@@ -368,8 +368,8 @@ def test_the_script_for_a_gpu_runs_dry(tmp_path: Path, capsys: pytest.CaptureFix
     assert {row["sharing"] for row in found["measured"]} == {row["sharing"] for row in found["exact"]}
 
 
-def test_a_server_of_another_version_does_not_start(stand: Stand, tmp_path: Path) -> None:
-    """Where a part of vLLM is missing, the process ends with the reason, before it loads anything."""
+def test_a_server_whose_pages_are_of_another_size_does_not_start(stand: Stand, tmp_path: Path) -> None:
+    """Where vLLM makes pages otherwise than it was asked, the process ends with both numbers."""
     made = launch(stand.place, "other", "base", role="decode")
     broken = replace(made, page_size=2 * PAGE, extra=("--block-size", str(PAGE)))
     with pytest.raises(Refused, match="vLLM chose pages of 32 positions, asked for were 64"):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from heliostat.bench.logs import WIDTH, Log, Logged
 from heliostat.family import BASE, SHARINGS, Row
 
+OWN = "this family"
+"""The case of the rows that a log's members have in a family that is there."""
 PAGE = 16
 """Tokens of a page, as the engine has it."""
 

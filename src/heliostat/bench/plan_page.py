@@ -7,12 +7,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from heliostat.bench.counting import Counted
+from heliostat.bench.counting import OWN, Counted
 from heliostat.bench.fleet import Fleet, Priced
 from heliostat.bench.planning import Plan
 from heliostat.bench.report import footer, page, table
 from heliostat.files import atomic_write_text
 from heliostat.plot import bars, lines
+from heliostat.serve.cluster import DECODE, PREFILL
+from heliostat.serve.nodes import HEADS, Standing, told
 
 Table = tuple[str, list[str], list[list[str]]]
 """(title, heads, rows)."""
@@ -31,7 +33,37 @@ def tables(plan: Plan) -> list[Table]:
         found.append(_counted(plan.moved.counted, f"With each member's instructions last ({how}: {roles})"))
     if plan.fleet is not None:
         found.append(_fleet(plan.fleet))
+    if plan.servers:
+        found.append(stands(plan.servers))
     return found
+
+
+def stands(servers: Sequence[Standing]) -> Table:
+    """Where vLLM servers of a family fit."""
+    return "vLLM servers", list(HEADS), told(servers)
+
+
+def enough(plan: Plan) -> str:
+    """Whether as many servers stand there as the load needs; empty where nobody asked."""
+    own = [one.sized for one in plan.fleet.priced if one.sized.sharing == OWN] if plan.fleet else []
+    if not own or not own[0].counts or not plan.servers:
+        return ""
+    reading, answering = (sum(one.role == role for one in plan.servers) for role in (PREFILL, DECODE))
+    there = f"on these nodes {reading} read and {answering} answer"
+    if both := own[0].both:
+        return f"as simulated this family needs {both} workers that do both for this load; {there}"
+    needs = (
+        f"as simulated this family needs {own[0].prefill} workers that read and {own[0].decode} that answer"
+    )
+    short = [
+        f"add nodes with role {role}"
+        for role, wanted, have in (
+            (PREFILL, own[0].prefill, reading),
+            (DECODE, own[0].decode, answering),
+        )
+        if have < wanted
+    ]
+    return f"{needs} for this load; {there}: {', '.join(short) or 'enough'}"
 
 
 def _fleet(fleet: Fleet) -> Table:
@@ -141,7 +173,8 @@ def write_report(path: Path, plan: Plan, birth: Mapping[str, Any]) -> Path:
         *(f"<p>{escape(note)}</p>" for note in plan.notes),
     ]
     if plan.fleet is not None:
-        parts.insert(1, f"<p><b>{escape(plan.fleet.verdict)}</b></p>")
+        said = ". ".join(filter(None, (plan.fleet.verdict, enough(plan))))
+        parts.insert(1, f"<p><b>{escape(said)}</b></p>")
     for title, heads, rows in tables(plan):
         parts += [f"<h2>{escape(title)}</h2>", table(heads, rows)]
     if plan.counted:

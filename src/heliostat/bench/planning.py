@@ -15,6 +15,7 @@ from heliostat.bench.counting import PAGE, Case, Counted, cases, count
 from heliostat.bench.fleet import Fleet
 from heliostat.bench.logs import Log, Logged
 from heliostat.bench.parting import Moved, Pair, moved, pairs
+from heliostat.serve.nodes import Standing
 
 WORTH = 0.10
 """Share of prefill tokens, or of keys and values, that a sharing has to save to be named."""
@@ -73,6 +74,8 @@ class Plan:
     notes: tuple[str, ...]
     fleet: Fleet | None = None
     """Workers and money, where a machine was named."""
+    servers: tuple[Standing, ...] = ()
+    """vLLM servers of the family, where machines were named."""
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in plain values."""

@@ -1,5 +1,5 @@
-"""N separate vLLM servers, one vLLM server with an adapter for each member, and the family on vLLM in two ways: the same
-sessions by the same client through the same router, each system alone on the machine, in turns.
+"""N separate vLLM servers, one vLLM server with an adapter for each member, and the family on vLLM by each sharing: the
+same sessions by the same client through the same router, each system alone on the machine, in turns.
 
     HELIOSTAT_VLLM=.venv-vllm/bin/python python -m heliostat.bench.vllm_table --docs docs/results
 
@@ -60,6 +60,8 @@ class Load:
     """Runs of a start."""
     rounds: int = 2
     """Starts of each system; every other round in the opposite order."""
+    turns: int = 3
+    """Of a session: three calls each."""
     seed: int = 0
     cache_mib: int = 768
     """For pages, of all servers of a system together."""
@@ -96,8 +98,9 @@ def cluster_of(system: str, load: Load, place: Path) -> dict[str, Any]:
     hosted: list[tuple[list[str], list[str]]] = [(both, [BASE, *owns])]
     if system == "separate":
         hosted = [(both, [own]) for own in owns]
-    if system == "pair":
-        hosted = [(["prefill"], [BASE]), (["decode"], [BASE, *owns])]
+    if system in ("prefillshare", "sun"):
+        readers, speakers = ([BASE], owns) if system == "prefillshare" else (owns, [BASE])
+        hosted = [(["prefill"], readers), (["decode"], speakers)]
     workers = [
         {"name": f"w{number}", "spawn": "vllm", "roles": roles, "modules": modules}
         for number, (roles, modules) in enumerate(hosted)
@@ -119,7 +122,7 @@ def client_words(system: str, load: Load, *, turn: int, warm: bool = False) -> l
     sessions, repeats = (WARM_UP, 1) if warm else (load.sessions, load.repeats)
     words = ["heliostat", "bench", "client", "--members", ",".join(members_of(system, load))]
     words += ["--rate", ",".join([f"{load.rate:g}"] * repeats), "--sessions", str(sessions)]
-    words += ["--workflow", "react", "--pass-as", "ids", "--nonce", "table"]
+    words += ["--workflow", "react", "--turns", str(load.turns), "--pass-as", "ids", "--nonce", "table"]
     return [*words, "--seed", str(load.seed + 2 * turn + warm)]
 
 
@@ -234,7 +237,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     usual = Load()
     parser.add_argument("--shape", choices=SHAPES, default=usual.shape)
-    for name in ("members", "sessions", "repeats", "rounds", "seed", "cache_mib"):
+    for name in ("members", "sessions", "repeats", "rounds", "turns", "seed", "cache_mib"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(usual, name))
     parser.add_argument("--rate", type=float, default=usual.rate, help="sessions a second")
     parser.add_argument("--points", type=int, default=None, help="end after so many more")

@@ -26,24 +26,11 @@ def _cluster() -> None:
 @cluster.command("size")
 def size(family: Fam, nodes: NodesFile, member: Member = None) -> None:
     """Which server stands where, and what memory it has; nothing is written and nothing is started."""
-    from heliostat.serve.nodes import read
+    from heliostat.serve.nodes import HEADS, read, told
     from heliostat.serve.rendering import sized
 
     found = sized(family, read(nodes), member or None)
-    heads = ["server", "node", "devices", "modules", "weights MiB", "pages MiB", "servers beside it"]
-    rows = [
-        [
-            one.name,
-            one.node.name,
-            ",".join(map(str, one.devices)) if one.node.device != "cpu" else "cpu",
-            ", ".join(one.modules) + (" (two streams)" if one.group[1] else ""),
-            str(one.weights_mib),
-            str(one.pages_mib),
-            str(one.beside - 1),
-        ]
-        for one in found.standings
-    ]
-    print_table(rows, title="vLLM servers", columns=heads)
+    print_table(told(found.standings), title="vLLM servers", columns=list(HEADS))
 
 
 @cluster.command("render")

@@ -1,4 +1,4 @@
-"""``heliostat plan``: what a log of requests says about sharing, do not switch included."""
+"""``heliostat plan``: what a log of requests says about sharing, do not switch included, and where servers would stand."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from heliostat.bench.counting import Case
     from heliostat.bench.layout import Machine
     from heliostat.bench.logs import Log, Tokenize
+    from heliostat.bench.planning import Plan
+    from heliostat.serve.nodes import Standing
 
 Gpu = Annotated[
     str | None, typer.Option(help="A GPU: workers and cost are told, as simulated.", show_default=False)
@@ -37,11 +39,16 @@ _USUAL: dict[str, Any] = {"price": None, "model": None, "ttft": 2.0, "tpot": 0.0
 
 def plan(
     logs: Annotated[
-        Path, typer.Option(help="jsonl, one request a line; docs/measuring.md says what.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(help="jsonl, one request a line; docs/measuring.md says what.", show_default=False),
+    ] = None,
     family: Annotated[
         Path | None,
         typer.Option(help="Its tokenizer counts texts, and its rows are counted too.", show_default=False),
+    ] = None,
+    nodes: Annotated[
+        Path | None,
+        typer.Option(help="Machines: where the family's vLLM servers fit.", show_default=False),
     ] = None,
     page_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a page.")] = 16,
     skip_bad: Annotated[
@@ -61,25 +68,69 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Counts what prompts have in common, within and across members, and what each sharing would save of it."""
+    """Counts what prompts have in common, within and across members, and what each sharing would save of it.
+
+    With --family and --nodes also where the family's vLLM servers fit; that needs no log.
+    """
     from dataclasses import replace
 
     from heliostat.bench.fleet import fleet
     from heliostat.bench.logs import read_log
-    from heliostat.bench.plan_page import sentence, tables
     from heliostat.bench.planning import plan as look
     from heliostat.bench.records import Limits
 
+    servers = _servers(family, nodes)
+    machine = (gpu, costs)
+    if machine == (None, None) and (
+        unused := _unused(price=price, model=model, ttft=ttft, tpot=tpot, stretch=stretch)
+    ):
+        raise Refused(f"{unused} says nothing without a machine: give --gpu, or --costs")
+    if logs is None:
+        return _show_servers(servers, machine, out, as_json)
     log = read_log(logs, tokenize=_tokenizer(family), skip_bad=skip_bad)
     own = _rows(family, log)
-    found = look(log, own=own, size=page_tokens)
-    if gpu is not None or costs is not None:
-        machine, assumed = _machine(gpu, costs, model, family)
+    found = replace(look(log, own=own, size=page_tokens), servers=servers)
+    if machine != (None, None):
+        runs_on, assumed = _machine(gpu, costs, model, family)
         limits = Limits(ttft=ttft, tpot=tpot)
-        sized = fleet(log, machine, limits, price=price, own=own, stretch=stretch)
+        sized = fleet(log, runs_on, limits, price=price, own=own, stretch=stretch)
         found = replace(found, fleet=sized, notes=(*found.notes, assumed))
-    elif unused := _unused(price=price, model=model, ttft=ttft, tpot=tpot, stretch=stretch):
-        raise Refused(f"{unused} says nothing without a machine: give --gpu, or --costs")
+    _show(found, out, as_json)
+
+
+def _servers(family: Path | None, nodes: Path | None) -> tuple[Standing, ...]:
+    """Where a family's servers stand; nowhere, where no machines are named."""
+    if nodes is None:
+        return ()
+    if family is None:
+        raise Refused("--nodes says where the servers of a family fit: give --family, too")
+    from heliostat.serve.nodes import read
+    from heliostat.serve.rendering import sized
+
+    return sized(family, read(nodes)).standings
+
+
+def _show_servers(
+    servers: tuple[Standing, ...], machine: tuple[str | None, Path | None], out: Path | None, as_json: bool
+) -> None:
+    """The servers alone, where there is no log."""
+    from dataclasses import asdict
+
+    from heliostat.bench.plan_page import stands
+
+    if not servers or machine != (None, None) or out is not None:
+        raise Refused(
+            "--logs FILE is missing: a plan is of a log; without one it tells where servers fit (--family and --nodes)"
+        )
+    if as_json:
+        return print_json({"servers": [asdict(one) for one in servers]})
+    title, heads, rows = stands(servers)
+    print_table(rows, title=title, columns=heads)
+
+
+def _show(found: Plan, out: Path | None, as_json: bool) -> None:
+    from heliostat.bench.plan_page import enough, sentence, tables
+
     if out is not None:
         _write(out, found)
     if as_json:
@@ -92,6 +143,8 @@ def plan(
     print(found.verdict)
     if found.fleet is not None:
         print(found.fleet.verdict)
+    if said := enough(found):
+        print(said)
     if out is not None:
         print(f"report: {out / 'report.html'}")
 
@@ -149,7 +202,7 @@ def _rows(family: Path | None, log: Log) -> Case | None:
     """The rows that the log's members have in a family, where it has all of them."""
     if family is None:
         return None
-    from heliostat.bench.counting import Case
+    from heliostat.bench.counting import OWN, Case
     from heliostat.build import read_family
 
     found = read_family(family)
@@ -158,7 +211,7 @@ def _rows(family: Path | None, log: Log) -> Case | None:
         note(f"note: {', '.join(strange)}: no members of {family}, so its rows are not counted")
         return None
     weights = {m.name: m.weights for m in found.modules.values() if m.weights != m.name}
-    return Case("this family", {name: found.row(name) for name in log.members}, weights)
+    return Case(OWN, {name: found.row(name) for name in log.members}, weights)
 
 
 def _write(out: Path, found: Any) -> None:

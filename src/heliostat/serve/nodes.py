@@ -240,3 +240,22 @@ def _standings(
             )
             counts[role] += 1
     return tuple(found)
+
+
+HEADS = ("server", "node", "devices", "modules", "weights MiB", "pages MiB", "servers beside it")
+
+
+def told(standings: Sequence[Standing]) -> list[list[str]]:
+    """The servers as rows of a table with ``HEADS``."""
+    return [
+        [
+            one.name,
+            one.node.name,
+            ",".join(map(str, one.devices)) if one.node.device != CPU else CPU,
+            ", ".join(one.modules) + (" (two streams)" if one.group[1] else ""),
+            str(one.weights_mib),
+            str(one.pages_mib),
+            str(one.beside - 1),
+        ]
+        for one in standings
+    ]

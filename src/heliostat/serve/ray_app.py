@@ -1,7 +1,7 @@
 """An application of Ray Serve out of a rendered configuration: each vLLM server a deployment, and our server in front.
 
 ``serve deploy ray.yaml``. Ray starts, places and watches; what runs in a server's deployment is its exact command, under a
-``http_keeper``, so that it ends with its replica.
+``http_keeper``, so that it ends with its replica. Only the router's replica loads torch, for whom it is imported there.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from fastapi import FastAPI
 from ray import serve
 
-from heliostat.serve.app import build
+from heliostat.errors import Refused
 from heliostat.serve.http_keeper import Kept, spawn
-from heliostat.serve.run import Settings, service_of
-from heliostat.serve.service import Service
+from heliostat.serve.log import Log
+from heliostat.serve.trouble import Trouble
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from heliostat.serve.service import Service
+
+PATIENCE = 120
+"""Seconds until Ray holds a replica for dead that does not answer: it loads libraries first."""
 TRIFLE = 0.001
 """Of a node's own resource: enough to be placed there."""
 
@@ -75,7 +81,15 @@ class Inside:
         """Knows nothing itself: Ray copies it into each replica before there is a server."""
         if scope["type"] == "http":
             replica: Any = serve.get_replica_context().servable_object
-            await (await replica.app())(scope, receive, send)
+            await (await replica.app() or _not_yet())(scope, receive, send)
+
+
+def _not_yet() -> Any:
+    """ASGI: the reason is for whoever runs it, and not for everybody who asks."""
+    from fastapi.responses import JSONResponse
+
+    trouble = Trouble(503, "this service cannot start: the log of its router says why", code="not_started")
+    return JSONResponse(trouble.body, trouble.status)
 
 
 class Router:
@@ -90,22 +104,34 @@ class Router:
         self._service: Service | None = None
         self._app: FastAPI | None = None
 
-    async def app(self) -> FastAPI:
-        """Ours, when all servers are what the cluster file says."""
+    async def app(self) -> FastAPI | None:
+        """Ours, when all servers are what the cluster file says; None where one is not: who asks next tries again."""
         async with self._starting:
             if self._app is None:
-                path = Path(self._folder.name) / "cluster.yaml"
-                path.write_text(self._arguments.cluster, encoding="utf-8")
-                settings = Settings(
-                    family=Path(self._arguments.family),
-                    cluster=path,
-                    keys=Path(self._arguments.keys),
-                    allow_hosts=tuple(self._arguments.hosts),
-                )
-                service = await asyncio.to_thread(service_of, settings)
-                await service.start()
-                self._service, self._app = service, build(service, version=version("heliostat"))
+                try:
+                    # Not on the loop, which says meanwhile that it lives.
+                    service, app = await asyncio.to_thread(self._made)
+                    await service.start()
+                except Refused as refused:
+                    Log().say("router cannot start", why=str(refused))
+                    return None
+                self._service, self._app = service, app
             return self._app
+
+    def _made(self) -> tuple[Service, FastAPI]:
+        from heliostat.serve.app import build
+        from heliostat.serve.run import Settings, service_of
+
+        path = Path(self._folder.name) / "cluster.yaml"
+        path.write_text(self._arguments.cluster, encoding="utf-8")
+        settings = Settings(
+            family=Path(self._arguments.family),
+            cluster=path,
+            keys=Path(self._arguments.keys),
+            allow_hosts=tuple(self._arguments.hosts),
+        )
+        service = service_of(settings)
+        return service, build(service, version=version("heliostat"))
 
     async def check_health(self) -> None:
         """Ray starts a replica again whose check raises."""
@@ -132,6 +158,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         serve.ingress(Inside())(Router),
         name="router",
         max_ongoing_requests=1024,
+        health_check_timeout_s=PATIENCE,
         ray_actor_options={"num_cpus": 0},
     )
     return router.bind(dict(args), *servers)

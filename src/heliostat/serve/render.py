@@ -27,6 +27,8 @@ SECRET = "heliostat-key"
 CLUSTER_FILE = "cluster.yaml"
 ROUTER_PORT = 8000
 STOP_SECONDS = 60
+STARTS = 180
+"""Times that Kubernetes looks, ten seconds apart, until it starts again what has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ def _deployment(together: Sequence[Started], label: str, means: Means) -> dict[s
         "ports": [{"containerPort": one.standing.port} for one in together],
         "resources": resources,
         "readinessProbe": _probe("/health", first.port, 10),
-        "startupProbe": {**_probe("/health", first.port, 10), "failureThreshold": 180},
+        "startupProbe": {**_probe("/health", first.port, 10), "failureThreshold": STARTS},
         "volumeMounts": [_mount("family", means.family, read_only=True), _mount("shm", "/dev/shm")],
     }
     pod = {
@@ -209,6 +211,8 @@ def _router(means: Means) -> list[dict[str, Any]]:
         "command": router_words(means, "/etc/heliostat"),
         "env": [_secret()],
         "ports": [{"containerPort": ROUTER_PORT}],
+        # It listens when the servers it waits for have loaded their weights.
+        "startupProbe": {**_probe("/live", ROUTER_PORT, 10), "failureThreshold": STARTS},
         "readinessProbe": _probe("/health", ROUTER_PORT, 5),
         "livenessProbe": _probe("/live", ROUTER_PORT, 10),
         "volumeMounts": [_mount("family", means.family, read_only=True), _mount("cluster", "/etc/heliostat")],
@@ -262,7 +266,15 @@ def _mount(name: str, path: str, *, read_only: bool = False) -> dict[str, Any]:
 
 
 def ray(started: Sequence[Started], cluster: str, means: Means) -> dict[str, str]:
-    """The configuration for ``serve deploy``: one deployment for each server, and the router's."""
+    """The configuration for ``serve deploy``: one deployment for each server, and the router's. Refused where servers that
+    are spread over several GPUs share them: Ray gives parts of one GPU only."""
+    for one in started:
+        at = one.standing
+        if at.beside > 1 and len(at.devices) > 1 and at.node.device != CPU:
+            raise Refused(
+                f"on node {at.node.name!r} {at.beside} servers share {len(at.devices)} GPUs, and "
+                "Ray gives parts of one GPU only: add nodes, say tensor_parallel: 1, or take --format systemd"
+            )
     servers = [
         {
             "name": one.standing.name,

@@ -97,7 +97,7 @@ def _started(
         launch = replace(launch, extra=("--gpu-memory-utilization", f"{one.share:g}"))
     made = command(_moved(launch, folder.resolve(), means.family), python=means.python)
     environment = dict(made.environment)
-    if not cpu and form != "ray":  # Ray gives devices itself
+    if not cpu and form == "systemd":  # Ray gives devices itself, and a container sees its own only
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, one.devices))
     if (
         common.terms.transfer == NIXL and form == "kubernetes"

@@ -28,6 +28,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.25, 30.0
 """Seconds before a worker is started again; twice as long after every quick death, and up to half of it less."""
 READY_SECONDS = 300.0
 """Most seconds until a worker that was started says what it is, where nobody says otherwise: it loads its weights first."""
+AWAY = 10.0
+"""Seconds for which one that runs elsewhere is waited for, where another stands in for it."""
 LAST_WORDS = 3.0
 """Seconds that workers have to end when the server does."""
 
@@ -118,19 +120,33 @@ class Supervisor:
         return ""
 
     async def start(self) -> None:
-        """Returns when every worker is ready; the first that cannot be started ends all."""
+        """Returns when every worker is ready; the first that cannot be started ends all. One that runs elsewhere and is
+        away is not waited for where another stands in for it."""
         loop = asyncio.get_running_loop()
         self._sweep()
         self._tasks = [loop.create_task(self._keep(post)) for post in self._posts.values()]
         for post, keeping in zip(self._posts.values(), self._tasks, strict=True):
             ready = loop.create_task(post.ready.wait())
-            await asyncio.wait({ready, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            while not (
+                await asyncio.wait({ready, keeping}, timeout=AWAY, return_when=asyncio.FIRST_COMPLETED)
+            )[0]:
+                if self._dispensable(post):
+                    post.ready.set()  # it is as one that was lost: tried until it is there
             ready.cancel()
             if keeping.done() and keeping.exception() is not None:
                 keeping.result()  # a fault of ours
             if post.state == "given up":
                 await self.stop()
                 raise Refused(f"worker {post.place.name!r} cannot be started: {post.why}")
+
+    def _dispensable(self, post: _Post) -> bool:
+        """Whether others run it, and another that does is up and hosts all that it does."""
+        return post.place.url is not None and any(
+            other.state == "up"
+            and post.modules.items() <= other.modules.items()
+            and set(post.place.roles) <= set(other.place.roles)
+            for other in self._posts.values()
+        )
 
     async def stop(self) -> None:
         """End all, within one budget; what has not ended by then is killed."""
@@ -183,7 +199,8 @@ class Supervisor:
     async def _begin(self, post: _Post) -> None:
         """Start it and hold it to what it should be."""
         try:
-            async with asyncio.timeout(self._ready):
+            # Who runs elsewhere may come whenever its machine does.
+            async with asyncio.timeout(self._ready if post.place.url is None else None):
                 post.running = await self._start(post.place, post.modules)
                 described = await post.running.worker.describe()
         except TimeoutError:

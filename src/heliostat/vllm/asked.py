@@ -14,30 +14,18 @@ from typing import Any, Literal
 import msgspec
 
 from heliostat.vllm.launch import FILES, NIXL, SETTINGS
-from heliostat.vllm.wire import Role
+from heliostat.vllm.wire import Facts
 
 INCARNATION = "HELIOSTAT_INCARNATION"
 Code = Literal["refused", "module_missing", "misfit", "pages_gone"]
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(Facts, frozen=True, kw_only=True):
     """What a process is (``launch.settings``)."""
 
-    worker: str
-    incarnation: str
-    """Drawn by chance at every start."""
-    role: Role
-    modules: Mapping[str, str]
-    writers: Mapping[str, str]
     weights: str
     """Name in ``model`` of a request that runs without an adapter."""
     two_streams: bool
-    page_size: int
-    dtype: str
-    max_length: int
-    max_running: int
-    fit: str
-    transfer: str
     folder: str
     keep_mib: int
     lease: float

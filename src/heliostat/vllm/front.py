@@ -16,7 +16,7 @@ import msgspec
 from heliostat.errors import Refused
 from heliostat.vllm.asked import Settings, Wrong, settings_of, wrong
 from heliostat.vllm.launch import FILES
-from heliostat.vllm.wire import CODE, DESCRIBED, PARAMS, RELEASE, Described, tokens_digest
+from heliostat.vllm.wire import CODE, DESCRIBED, PARAMS, RELEASE, Described, Facts, tokens_digest
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -81,22 +81,9 @@ class Front:
         """What this worker is."""
         settings = self.settings
         assert settings is not None
-        return Described(
-            worker=settings.worker,
-            incarnation=settings.incarnation,
-            role=settings.role,
-            modules=settings.modules,
-            writers=settings.writers,
-            page_size=settings.page_size,
-            dtype=settings.dtype,
-            max_length=settings.max_length,
-            max_running=settings.max_running,
-            fit=settings.fit,
-            transfer=settings.transfer,
-            vllm=_version("vllm"),
-            heliostat=_version("heliostat"),
-            pages=_pages(scope),
-        )
+        facts = {name: getattr(settings, name) for name in Facts.__struct_fields__}
+        here = {"vllm": _version("vllm"), "heliostat": _version("heliostat"), "pages": _pages(scope)}
+        return Described(**facts, **here)
 
     async def _release(self, body: bytes | None, send: Send) -> None:
         settings = self.settings

@@ -141,7 +141,7 @@ class Shelf:
         """Keep pages (of each layer, on the processor) under ``handle``. Refused where there is no room for them."""
         self.sweep()
         size = sum(tensor.numel() * tensor.element_size() for tensor in pages.values())
-        held = sum(file.stat().st_size for file in self.folder.glob(f"{self.own}-*.pages"))
+        held = sum(map(_size, self.folder.glob(f"{self.own}-*.pages")))
         if held + size > self.keep_bytes:
             raise Refused(
                 f"{size / MIB:.1f} MiB of keys and values should be kept, {held / MIB:.1f} MiB are kept already, and at "
@@ -234,6 +234,14 @@ def digest(pages: Mapping[str, Tensor]) -> str:
         found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         found.update(tensor.view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _size(file: Path) -> int:
+    """Bytes; none of one that others have just removed."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _dead(lock: Path) -> bool:

@@ -66,7 +66,7 @@ class Launch:
     """Most tokens of a request."""
     max_running: int = 64
     cache_mib: int = 1024
-    """For pages."""
+    """For pages, of all its devices together."""
     device: str = "cpu"
     cores: str = ""
     """On processors, which ones (``0-3``); empty: as vLLM likes. Give each process others."""
@@ -156,7 +156,7 @@ def command(launch: Launch, *, python: str = sys.executable) -> Command:
     words += ["--host", launch.host, "--port", str(launch.port)]
     words += ["--dtype", launch.dtype, "--block-size", str(launch.page_size)]
     words += ["--max-model-len", str(launch.max_length), "--max-num-seqs", str(launch.max_running)]
-    words += ["--kv-cache-memory-bytes", str(launch.cache_mib << 20)]
+    words += ["--kv-cache-memory-bytes", str((launch.cache_mib << 20) // launch.tensor_parallel)]  # of each
     words += ["--served-model-name", _served(launch), "--generation-config", "vllm"]
     words += ["--middleware", "heliostat.vllm.front.Front"]
     words.append("--enable-prompt-tokens-details")  # or nobody hears how much was found again

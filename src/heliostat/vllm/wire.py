@@ -28,8 +28,8 @@ as the protocol of workers has them. The reason is the body's ``error.message``.
 Role = Literal["prefill", "decode", "both"]
 
 
-class Described(msgspec.Struct, frozen=True, kw_only=True):
-    """What a vLLM worker is."""
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a vLLM worker knows of itself and tells others."""
 
     worker: str
     incarnation: str
@@ -48,6 +48,11 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of all that must be equal before keys and values may travel."""
     transfer: str
     """``files``, ``nixl``, another connector's name, or empty where nothing travels."""
+
+
+class Described(Facts, frozen=True, kw_only=True):
+    """What a vLLM worker is."""
+
     vllm: str
     """Its version; the others' too."""
     heliostat: str

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.unit.cli.conftest import Heliostat
 
 
@@ -98,6 +100,35 @@ def test_workers_by_measured_costs(heliostat: Heliostat, tmp_path: Path) -> None
     assert "Workers on 24M as measured here, 1 thread" in said.stdout and "do not switch" in said.stdout
     both = heliostat("plan", "--logs", path, "--costs", table, "--gpu", "h100-80", status=2)
     assert "leave out --gpu" in both.stderr
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Path:
+    """Two GPUs that read, one that answers."""
+    path = tmp_path / "nodes.yaml"
+    machines = [
+        {"name": "n1", "address": "10.0.0.1", "devices": 2, "memory": 40960, "roles": ["prefill"]},
+        {"name": "n2", "address": "10.0.0.2", "memory": 40960, "roles": ["decode"]},
+    ]
+    path.write_text(json.dumps({"nodes": machines}))
+    return path
+
+
+def test_where_servers_fit_is_what_cluster_size_shows(
+    heliostat: Heliostat, tmp_path: Path, tiny_family_made: Path, nodes: Path
+) -> None:
+    shown = heliostat("cluster", "size", tiny_family_made, "--nodes", nodes).stdout
+    words = ["plan", "--family", tiny_family_made, "--nodes", nodes]
+    assert heliostat(*words).stdout == shown and "prefill-0" in shown
+    servers = json.loads(heliostat(*words, "--json").stdout)["servers"]
+    assert {one["name"] for one in servers} == {
+        word for word in shown.split() if word[-1:].isdigit() and "-" in word
+    }
+    path = log(tmp_path, turns("math", "code", "plan"))
+    said = heliostat(*words, "--logs", path, "--gpu", "h100-80").stdout
+    assert "vLLM servers" in said and "as simulated this family needs" in said and "on these nodes" in said
+    assert "give --family" in heliostat("plan", "--nodes", nodes, status=2).stderr
+    assert "--logs FILE is missing" in heliostat("plan", "--family", tiny_family_made, status=2).stderr
 
 
 def test_what_cannot_be_planned_is_told(heliostat: Heliostat, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from heliostat.serve.cluster import Terms
 from heliostat.serve.cluster import read as read_cluster
 from heliostat.serve.nodes import Node, Nodes
 from heliostat.serve.render import Means, rendered
-from heliostat.serve.rendering import texts
+from heliostat.serve.rendering import sized, texts
 from heliostat.vllm.asked import Settings
 
 GPU = Node(name="n1", address="10.0.0.1", devices=2, memory=40960)
@@ -115,6 +116,10 @@ def test_manifests_are_whole(tiny_family: Path, tmp_path: Path) -> None:
             ["/bin/bash", "-n", "-c", container["command"][2]], capture_output=True, text=True
         )
         assert run.returncode == 0, run.stderr
+        # A container has its own devices only, numbered from 0.
+        assert "CUDA_VISIBLE_DEVICES" not in container["command"][2]
+    (router,) = [p for p in pods if p["metadata"]["labels"] == {"heliostat": "router"}]
+    assert router["spec"]["containers"][0]["startupProbe"]["failureThreshold"] >= 180, "weights take minutes"
     gpu = [p for p in pods if p["spec"].get("nodeSelector", {}).get("kubernetes.io/hostname") == "n1"]
     assert gpu and all(p["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1 for p in gpu)
 
@@ -129,6 +134,19 @@ def test_the_application_of_ray_has_a_deployment_for_each_server(tiny_family: Pa
     for place in places:
         assert place.url == f"http://{servers[place.name]['address']}:{servers[place.name]['port']}"
         assert settings_of(servers[place.name]["environment"]).worker == place.name
+
+
+def test_pages_of_several_devices_are_of_all_together(tiny_family: Path) -> None:
+    spread = replace(GPU, tensor_parallel=2)
+    found = made(tiny_family, "systemd", spread)
+    standings = {one.name: one for one in sized(tiny_family, Nodes((spread,), TERMS, "10.0.0.1")).standings}
+    for name, text in found.items():
+        if name.startswith("n1/"):
+            words, one = words_of(text), standings[Path(name).stem.removeprefix("heliostat-")]
+            assert int(words[words.index("--kv-cache-memory-bytes") + 1]) == (one.pages_mib << 20) // 2
+            assert "CUDA_VISIBLE_DEVICES=0,1" in text
+    with pytest.raises(Refused, match="parts of one GPU only"):
+        made(tiny_family, "ray", spread)
 
 
 def test_files_are_for_one_machine(tiny_family: Path) -> None:

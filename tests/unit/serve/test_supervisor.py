@@ -16,7 +16,7 @@ from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.log import Log
 from heliostat.serve.metrics import Metrics
 from heliostat.serve.protocol import Described
-from heliostat.serve.supervisor import LAST_WORDS, LONGEST_PAUSE, MOST_QUICK, QUICK, Supervisor
+from heliostat.serve.supervisor import LAST_WORDS, LONGEST_PAUSE, MOST_QUICK, QUICK, READY_SECONDS, Supervisor
 
 PLACES = (
     Place(name="p", roles=("prefill",), modules=("base", "own")),
@@ -98,11 +98,15 @@ class Machine:
     """How often there is no process to be had."""
     loads: float = 1
     """Seconds until one is ready."""
+    away: set[str] = field(default_factory=set)
+    """Places where nobody answers."""
     started: list[tuple[float, Process]] = field(default_factory=list)
     swept: int = 0
 
     async def __call__(self, place: Place, modules: Mapping[str, str]) -> Process:
         await asyncio.sleep(self.loads)
+        while place.name in self.away:
+            await asyncio.sleep(1)
         if self.short:
             self.short -= 1
             raise BlockingIOError("no more processes")
@@ -246,6 +250,40 @@ def test_who_runs_elsewhere_is_waited_for_however_often_it_is_lost() -> None:
             assert states(crew)["d"] == "up"
 
     watched(work, places=places)
+
+
+def test_who_is_away_at_the_start_is_not_waited_for_where_another_does_the_same() -> None:
+    places = tuple(
+        replace(place, spawn=None, url=f"http://10.0.0.1:800{n}")
+        for n, place in enumerate((*PLACES, replace(PLACES[1], name="e")))
+    )
+    machine = Machine(away={"e"})
+
+    async def work(crew: Supervisor, dispatcher: Dispatcher, machine: Machine) -> None:
+        assert states(crew) == {"p": "up", "d": "up", "e": "starting"} and not crew.failure
+        await asyncio.sleep(10 * READY_SECONDS)
+        machine.away.clear()
+        await asyncio.sleep(2)
+        assert states(crew)["e"] == "up"
+
+    watched(work, machine, places)
+
+
+def test_who_is_away_at_the_start_is_waited_for_where_nobody_does_the_same() -> None:
+    places = (PLACES[0], replace(PLACES[1], spawn=None, url="http://10.0.0.1:8001"))
+
+    async def work() -> None:
+        machine = Machine(away={"d"})
+        crew, _ = supervised(machine, places)
+        starting = asyncio.create_task(crew.start())
+        await asyncio.sleep(10 * READY_SECONDS)
+        assert not starting.done()
+        machine.away.clear()
+        await starting
+        assert states(crew)["d"] == "up"
+        await crew.stop()
+
+    run_virtual(work())
 
 
 def test_who_loads_long_and_dies_at_once_died_quickly() -> None:

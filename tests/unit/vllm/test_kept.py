@@ -1,6 +1,7 @@
 """Keys and values kept as files: loaded exactly as they were, or refused; nothing stays behind; nobody else looks in."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -95,6 +96,24 @@ def test_memory_is_bounded_and_comes_back(shelf: kept.Shelf) -> None:
         shelf.write(handle(), LABEL, pages())
     kept.release(shelf.folder, first)
     shelf.write(handle(), LABEL, pages())
+
+
+def test_others_may_take_away_what_is_just_being_counted(shelf: kept.Shelf) -> None:
+    over = threading.Event()
+
+    def take() -> None:
+        while not over.is_set():
+            for file in shelf.folder.glob("*.pages"):
+                kept.release(shelf.folder, file.name.split(".")[0])
+
+    taking = threading.Thread(target=take)
+    taking.start()
+    try:
+        for _ in range(200):
+            shelf.write(handle(), LABEL, pages())
+    finally:
+        over.set()
+        taking.join()
 
 
 def test_what_nobody_fetches_goes_with_its_lease(shelf: kept.Shelf) -> None:
