@@ -90,7 +90,8 @@ def described_of(
         engine="vllm",
         modules=offered,
         roles=expected.roles,
-        fit=found.fit,
+        # What lies inside a page is the kernels' affair, which may change with each of these.
+        fit=f"{found.fit}/{found.device}/{found.vllm}",
         page_size=found.page_size,
         dtype=found.dtype,
         pages=found.pages or SOME_PAGES,
