@@ -49,10 +49,6 @@ def render(
         str, typer.Option(help="Interpreter with vLLM and heliostat on the nodes.")
     ] = "python3",
     image: Annotated[str, typer.Option(help="Of containers.")] = "heliostat-vllm",
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="A name under which the router may be asked, once or several times."),
-    ] = None,
     member: Member = None,
 ) -> None:
     """The exact vllm commands, module by module, as texts to apply; the modules are exported beside the family."""
@@ -61,9 +57,8 @@ def render(
     from heliostat.serve.render import Means
     from heliostat.serve.rendering import texts
 
-    machines, there = read(nodes), at or str(family.resolve())
-    means = Means(family=there, python=python, image=image, address=machines.router, hosts=allow_host or ())
-    found = texts(family, machines, format, means, member or None)
+    means = Means(family=at or str(family.resolve()), python=python, image=image)
+    found = texts(family, read(nodes), format, means, member or None)
     for name, text in found.items():
         if out is None:
             print(f"# ---- {name}\n{text}")

@@ -204,7 +204,6 @@ class Dispatcher:
             return failed
         except BaseException:
             self._abandon(attempt)
-            self._let_go(attempt)
             raise
         finally:
             self.router.ended(order.id, open_.answer if open_.ended else ())

@@ -90,8 +90,7 @@ def described_of(
         engine="vllm",
         modules=offered,
         roles=expected.roles,
-        # What lies inside a page is the kernels' affair, which may change with each of these.
-        fit=f"{found.fit}/{found.device}/{found.vllm}",
+        fit=found.fit,
         page_size=found.page_size,
         dtype=found.dtype,
         pages=found.pages or SOME_PAGES,

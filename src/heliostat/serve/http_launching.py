@@ -41,7 +41,7 @@ class Common:
     architectures: Mapping[str, str]
 
     def cache_mib(self, place: Place) -> int:
-        """For pages."""
+        """For pages; on a GPU vLLM takes what its share of the memory leaves."""
         return self.cache if place.memory is None else min(self.cache, place.memory)
 
 
@@ -90,16 +90,13 @@ def launch_of(
     *,
     port: int,
     host: str = "127.0.0.1",
-    device: str = "",
     cores: str = "",
     folder: str = KEPT,
     incarnation: str = "",
-    keyed: bool = False,
     extra: tuple[str, ...] = (),
 ) -> Launch:
-    """How one server is started. ``device``: of the machine where that is; that of this one, where nobody says."""
+    """How one server is started."""
     place = server.place
-    device = device or ("cpu" if common.device == "cpu" else "cuda")
     return Launch(
         name=place.name,
         weights=common.hosted[server.weights],
@@ -113,7 +110,7 @@ def launch_of(
         max_length=common.max_length,
         max_running=common.max_running,
         cache_mib=common.cache_mib(place),
-        device=device,
+        device="cpu" if common.device == "cpu" else "cuda",
         cores=cores,
         tensor_parallel=place.tensor_parallel,
         host=host,
@@ -122,7 +119,6 @@ def launch_of(
         folder=folder,
         fit=common.fits[place.tensor_parallel],
         incarnation=incarnation,
-        keyed=keyed,
         extra=extra,
     )
 

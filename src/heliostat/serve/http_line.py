@@ -16,8 +16,6 @@ IDLE_SECONDS = 2.0
 """Seconds for which an idle connection is kept: less than servers do, which would close it under a request."""
 LONGEST_LINE = 2**22
 """Bytes of one event."""
-BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, ExceptionGroup)
-"""What may come out of a connection that breaks, or out of an address that is none."""
 _COMPLAINT = 300
 """Characters of an engine's words that are kept."""
 
@@ -49,7 +47,7 @@ class HttpLine:
         """The body of what lies there. Raises Refusal where it is none."""
         try:
             reply = await self._http.get(self._url + path)
-        except BROKEN as error:
+        except (httpx2.HTTPError, OSError) as error:
             raise ConnectionError(told(error)) from error
         if not reply.is_success:
             raise Refusal(reply.status_code, _complaint(reply.content))
@@ -60,7 +58,7 @@ class HttpLine:
         async with self._asked(path, body) as reply:
             try:
                 return await reply.aread()
-            except BROKEN as error:
+            except (httpx2.HTTPError, OSError) as error:
                 raise ConnectionError(told(error)) from error
 
     async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[bytes, None]:
@@ -78,7 +76,7 @@ class HttpLine:
                             yield line[5:].strip()
                     if len(rest) > LONGEST_LINE:
                         raise ConnectionError("an event does not end")
-            except BROKEN as error:
+            except (httpx2.HTTPError, OSError) as error:
                 raise ConnectionError(told(error)) from error
 
     def _asked(self, path: str, body: Mapping[str, Any]) -> _Asked:
@@ -105,7 +103,7 @@ class _Asked:
             if self._reply.is_success:
                 return self._reply
             words = _complaint(await self._reply.aread())
-        except BROKEN as error:
+        except (httpx2.HTTPError, OSError) as error:
             raise ConnectionError(told(error)) from error
         await self._reply.aclose()
         raise Refusal(self._reply.status_code, words, self._reply.headers.get(CODE, ""))

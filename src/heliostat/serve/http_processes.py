@@ -104,7 +104,6 @@ class Servers:
         # Ports of the loopback are everybody's on this machine.
         self._agreed = key_of(common.terms)
         self._key = self._agreed or secrets.token_urlsafe(24)
-        _sweep()
         self._kept = f"{KEPT}-{os.getpid()}-{secrets.token_hex(4)}"
         here = [server.place for server in servers.values() if server.place.url is None]
         self._cores = cores_of(here)
@@ -126,7 +125,6 @@ class Servers:
             cores=self._cores[place.name],
             folder=self._kept,
             incarnation=incarnation,
-            keyed=True,
             extra=self._extra,
         )
         done = command(launch, python=python())
@@ -149,9 +147,8 @@ class Servers:
         told = asyncio.get_running_loop().time() + PATIENCE
         try:
             while True:
-                with suppress(ConnectionError, TimeoutError):
-                    async with asyncio.timeout(PATIENCE):
-                        await worker.describe()
+                with suppress(ConnectionError):
+                    await worker.describe()
                     worker.start()
                     return Served(worker, process)
                 if process is not None and process.poll() is not None:
@@ -245,14 +242,6 @@ def _refuse_too_large(here: Sequence[Server], family: Family, means: Means, comm
         "Start fewer workers, lower --cache-mib, or put some on other machines (heliostat cluster render)"
     )
     Ledger(tuple(lines)).refuse_over(available_memory("cpu"), remedy=remedy)
-
-
-def _sweep() -> None:
-    """Remove what servers kept in memory whose own server ended without a word."""
-    for path in Path(KEPT).parent.glob(f"{Path(KEPT).name}-*-*-{os.getuid()}"):
-        process = path.name.removeprefix(f"{Path(KEPT).name}-").split("-")[0]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _free_port() -> int:

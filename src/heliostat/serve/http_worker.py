@@ -255,10 +255,6 @@ class HttpWorker:
             failed = no(order.id, "deadline", "not answered within its deadline")
         except asyncio.CancelledError:
             failed = call.failed
-        except Exception as error:  # a fault of ours: somebody waits for this all the same
-            failed = no(
-                order.id, "worker_lost", f"what came of it is not understood ({type(error).__name__})"
-            )
         finally:
             self._calls.pop(order.id, None)
         if failed is not None:

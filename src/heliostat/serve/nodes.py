@@ -20,7 +20,6 @@ from heliostat.serve.protocol import Role
 
 EXAMPLE = "lines like `nodes: [{name: n1, address: 10.0.0.1, devices: 8, memory: 81920}]`"
 CUDA, CPU = "cuda", "cpu"
-EVERYWHERE = "0.0.0.0"
 USED = 0.9
 """Part of a device's memory that servers take together."""
 OVERHEAD_MIB = 2048
@@ -67,8 +66,8 @@ class Nodes:
 
     nodes: tuple[Node, ...]
     terms: Terms
-    router: str = EVERYWHERE
-    """Address on which our server listens, but in Kubernetes."""
+    router: str
+    """Address on which our server listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +121,9 @@ def read(path: Path) -> Nodes:
     names = [node.name for node in nodes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise Refused(f"{path}: two nodes are called {twice[0]!r}")
-    if len({node.device for node in nodes}) > 1:
-        one, other = (next(node.name for node in nodes if node.device == device) for device in (CUDA, CPU))
-        raise Refused(
-            f"{path}: {one!r} has GPUs and {other!r} none: inside a page keys and values lie otherwise there, and none may "
-            "travel between the two; make a cluster of each"
-        )
-    router = content.get("router", EVERYWHERE)
+    router = content.get("router", nodes[0].address)
     if not isinstance(router, str):
-        raise Refused(f"{path}: router is {router!r}; it must be an address of its machine")
+        raise Refused(f"{path}: router is {router!r}; it must be an address")
     terms = content.get("vllm", {})
     if isinstance(terms, dict):  # between machines unless somebody says otherwise, and never without a key
         terms = {"transfer": "nixl", "key_env": "VLLM_API_KEY", **terms}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,9 +17,11 @@ import yaml
 
 from heliostat.errors import Refused
 from heliostat.serve.nodes import CPU, Standing
-from heliostat.vllm.launch import KEY, Command
+from heliostat.vllm.launch import Command
 
 FORMATS = ("systemd", "kubernetes", "ray")
+KEY = "VLLM_API_KEY"
+"""The variable in which vLLM looks for its key."""
 SECRET = "heliostat-key"
 """Name of the Kubernetes secret that holds it, under ``key``."""
 CLUSTER_FILE = "cluster.yaml"
@@ -53,8 +55,6 @@ class Means:
     """On which the router listens."""
     keys: str = "keys.yaml"
     """File of API keys of the router's clients, beside the cluster file."""
-    hosts: Sequence[str] = ()
-    """Further names under which the router may be asked."""
 
 
 def rendered(form: str, started: Sequence[Started], cluster: str, means: Means) -> dict[str, str]:
@@ -69,8 +69,7 @@ def router_words(means: Means, folder: str) -> list[str]:
     """The command of our server in front."""
     there = str(PurePosixPath(means.python).with_name("heliostat")) if "/" in means.python else "heliostat"
     words = [there, "serve", means.family, "--cluster", f"{folder}/{CLUSTER_FILE}"]
-    words += ["--host", means.address, "--port", str(ROUTER_PORT), "--keys", f"{folder}/{means.keys}"]
-    return [*words, *(word for host in means.hosts for word in ("--allow-host", host))]
+    return [*words, "--host", means.address, "--port", str(ROUTER_PORT), "--keys", f"{folder}/{means.keys}"]
 
 
 # ---- systemd
@@ -101,7 +100,7 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
         "",
     ]
     lines += ["[Service]", "Type=exec"]
-    lines += [f"Environment={_quoted(f'{name}={value}', dollar='$')}" for name, value in environment.items()]
+    lines += [f"Environment={_quoted(f'{name}={value}')}" for name, value in environment.items()]
     lines += [f"# {KEY}=..., readable by root only", "EnvironmentFile=/etc/heliostat/key.env"]
     lines += [f"ExecStart={' '.join(map(_quoted, words))}"]
     lines += ["Restart=always", "RestartSec=5"]
@@ -115,9 +114,9 @@ def _unit(what: str, words: Sequence[str], environment: Mapping[str, str]) -> st
     return "\n".join([*lines, "[Install]", "WantedBy=multi-user.target", ""])
 
 
-def _quoted(word: str, dollar: str = "$$") -> str:
-    """As systemd reads it: no variable and no specifier is meant. ``dollar``: how a dollar is written there."""
-    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", dollar).replace("%", "%%")
+def _quoted(word: str) -> str:
+    """As systemd reads it: no variable and no specifier is meant."""
+    plain = word.replace("\\", "\\\\").replace('"', '\\"').replace("$", "$$").replace("%", "%%")
     return plain if word and all(c.isalnum() or c in "/._=-:+,@#" for c in word) else f'"{plain}"'
 
 
@@ -173,10 +172,6 @@ def _deployment(together: Sequence[Started], label: str, means: Means) -> dict[s
     return _deployed(f"heliostat-{label}"[:63].rstrip("-"), {"heliostat": label}, pod)
 
 
-ENDED = "kill $(jobs -p); wait; exit 1"
-"""In the shell of a container with several servers: all end with one of them, and when they are told to."""
-
-
 def _together(together: Sequence[Started]) -> str:
     """All servers of a slot; when one ends the container does, and is started again."""
     lines = []
@@ -185,9 +180,7 @@ def _together(together: Sequence[Started]) -> str:
         lines.append(f"{settings} {shlex.join(one.command.words)}")
     if len(lines) == 1:
         return f"exec env {lines[0]}"
-    return "\n".join(
-        [f"trap {shlex.quote(ENDED)} TERM", *(f"env {line} &" for line in lines), "wait -n", ENDED]
-    )
+    return "\n".join([*(f"env {line} &" for line in lines), "wait -n"])
 
 
 def service_name(server: str) -> str:
@@ -212,11 +205,10 @@ def _service(one: Started, label: str) -> dict[str, Any]:
 
 
 def _router(means: Means) -> list[dict[str, Any]]:
-    named = replace(means, address="0.0.0.0", hosts=("heliostat", *means.hosts))
     container = {
         "name": "router",
         "image": means.image,
-        "command": router_words(named, "/etc/heliostat"),
+        "command": router_words(means, "/etc/heliostat"),
         "env": [_secret()],
         "ports": [{"containerPort": ROUTER_PORT}],
         # It listens when the servers it waits for have loaded their weights.
@@ -302,7 +294,6 @@ def ray(started: Sequence[Started], cluster: str, means: Means) -> dict[str, str
             "family": means.family,
             "cluster": cluster,
             "keys": f"/etc/heliostat/{means.keys}",
-            "hosts": list(means.hosts),
             "servers": servers,
         },
     }

@@ -17,7 +17,7 @@ from heliostat.serve.http_launching import Common, common_of, cores_of, launch_o
 from heliostat.serve.http_layout import Server, groups_of, servers_of
 from heliostat.serve.nodes import CPU, CUDA, Nodes, Standing, placed
 from heliostat.serve.processes import Means
-from heliostat.vllm.launch import FILES, KEY, NIXL, Launch, command
+from heliostat.vllm.launch import FILES, NIXL, Launch, command
 from heliostat.vllm.layout import refuse_unfit
 
 
@@ -51,10 +51,7 @@ def texts(
 ) -> dict[str, str]:
     """File name -> text, in one of ``render.FORMATS``. The modules are exported, once each, for vLLM to load."""
     found = sized(folder, nodes, members)
-    if not means.family.startswith("/"):
-        raise Refused(f"--at {means.family}: give the family's folder on the nodes whole, from / on")
     _refuse_apart(nodes, found, form)
-    _refuse_other_key(nodes)
     places = [_place(one, form) for one in found.standings]
     cluster = Cluster(tuple(places), means.family, nodes.terms)
     cluster.refuse_unreachable()
@@ -77,13 +74,6 @@ def _refuse_apart(nodes: Nodes, found: Sized, form: str) -> None:
         )
 
 
-def _refuse_other_key(nodes: Nodes) -> None:
-    if nodes.terms.key_env not in (None, KEY):
-        raise Refused(
-            f"key_env is {nodes.terms.key_env!r}; what is rendered hands servers and router {KEY}: leave key_env out"
-        )
-
-
 def _place(one: Standing, form: str) -> Place:
     url = f"http://{render.service_name(one.name)}:{one.port}" if form == "kubernetes" else one.url
     return Place(
@@ -101,16 +91,8 @@ def _started(
 ) -> render.Started:
     host = "0.0.0.0" if form == "kubernetes" else one.node.address
     cpu = one.node.device == CPU
-    launch = launch_of(
-        common,
-        server,
-        port=one.port,
-        host=host,
-        device=CPU if cpu else CUDA,
-        cores=_cores(one, found) if cpu else "",
-        keyed=common.terms.key_env is not None,
-    )
-    launch = replace(launch, cache_mib=one.pages_mib)
+    launch = launch_of(common, server, port=one.port, host=host, cores=_cores(one, found) if cpu else "")
+    launch = replace(launch, device=CPU if cpu else CUDA, cache_mib=one.pages_mib)
     if not cpu:
         launch = replace(launch, extra=("--gpu-memory-utilization", f"{one.share:g}"))
     made = command(_moved(launch, folder.resolve(), means.family), python=means.python)

@@ -27,7 +27,6 @@ from heliostat.serve.crew import Alone, Crew, named
 from heliostat.serve.dispatch import Dispatcher
 from heliostat.serve.gate import host_names, is_loopback
 from heliostat.serve.http_layout import groups_of, with_modules
-from heliostat.serve.http_orders import ELSEWHERE
 from heliostat.serve.http_processes import servers
 from heliostat.serve.keys import Keys
 from heliostat.serve.log import Log
@@ -168,10 +167,6 @@ def _planned(settings: Settings) -> tuple[Path, Family, dict[str, Row], Cluster 
     if settings.engine == VLLM:
         cluster = _dealt(settings, family, rows)
     if cluster is not None:
-        if cluster.engine == VLLM and settings.wanted.draft is not None:
-            raise Refused(
-                f"--draft {settings.wanted.draft}: vLLM servers draft nothing; leave it out, or {ELSEWHERE}"
-            )
         cluster.refuse_unreachable()
         if cluster.engine == VLLM:
             cluster = with_modules(cluster, family, rows)

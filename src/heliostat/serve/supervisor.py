@@ -218,8 +218,8 @@ class Supervisor:
             raise Refused(f"who answers calls itself {found.worker!r}")
         if self._fit and found.fit != self._fit:
             raise Refused(
-                f"its pages ({_tail(found.fit)}) do not fit those of the others ({_tail(self._fit)}): shape, tokenizer, "
-                "template, rope, number format or page size differ, or kind of device or version of vLLM"
+                "its pages do not fit those of the others: shape, tokenizer, template, rope, number format or page "
+                "size differ"
             )
         missing = [m for m, digest in post.modules.items() if module_name(m, digest) not in found.modules]
         if missing:
@@ -296,9 +296,3 @@ class Supervisor:
             unneeded[name] = sorted(there.keys() - set(needed))
             post.modules = {m: d for m, d in post.modules.items() if module_name(m, d) in needed}
         await self._dispatcher.unload(unneeded)
-
-
-def _tail(fit: str) -> str:
-    """A digest in short, and what stands behind it."""
-    digest, *more = fit.split("/")
-    return " ".join([digest[:12], *more])

@@ -26,10 +26,6 @@ class Settings(Facts, frozen=True, kw_only=True):
     weights: str
     """Name in ``model`` of a request that runs without an adapter."""
     two_streams: bool
-    folders: Mapping[str, str] = {}
-    """Where its modules lie, and the digest of each."""
-    keyed: bool = False
-    """Whether it must not start without a key."""
     folder: str
     keep_mib: int
     lease: float

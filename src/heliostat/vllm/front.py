@@ -9,14 +9,12 @@ import hmac
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from heliostat.errors import Refused
 from heliostat.vllm.asked import Settings, Wrong, settings_of, wrong
-from heliostat.vllm.exported import refuse_changed
 from heliostat.vllm.launch import FILES
 from heliostat.vllm.wire import CODE, DESCRIBED, PARAMS, RELEASE, Described, Facts, tokens_digest
 
@@ -27,9 +25,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ASKED = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
-TOLD = ("/v1/models", "/metrics", "/version")
-ALIVE = "/health"
-"""Needs no key."""
 MAX_BODY = 64 << 20
 """Bytes; a longer one is refused unread."""
 
@@ -56,27 +51,16 @@ class Front:
     def __init__(self, app: App, settings: Settings | None = None) -> None:
         self.app = app
         self.settings = settings_of() if settings is None else settings
-        for folder, digest in (self.settings.folders if self.settings else {}).items():
-            refuse_changed(Path(folder), digest)  # before it says whose weights it has
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if self.settings is None or scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
-        if path == ALIVE:
-            return await self.app(scope, receive, send)
-        if not _allowed(scope):  # vLLM asks for it at some of its paths only
-            return await _say(send, 401, Wrong("refused", "a key is asked for"))
         if path in (DESCRIBED, RELEASE):
             return await self._own(scope, receive, send)
-        if path in TOLD and scope["method"] == "GET":
-            return await self.app(scope, receive, send)
-        if path not in ASKED or scope["method"] != "POST":
-            # There are others at which vLLM would run a prompt.
-            return await _say(
-                send, 404, Wrong("refused", f"{scope['method']} {path} is not served by this worker")
-            )
+        if path not in ASKED or scope["method"] != "POST" or not _allowed(scope):
+            return await self.app(scope, receive, send)  # behind this stands vLLM's own question for the key
         body = await _body(receive)
         if body is None:
             return await _say(send, 413, Wrong("refused", f"the body has more than {MAX_BODY >> 20} MiB"))
@@ -85,6 +69,8 @@ class Front:
         return await self.app(scope, _again(body, receive), send)
 
     async def _own(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _allowed(scope):
+            return await _say(send, 401, Wrong("refused", "a key is asked for"))
         if scope["path"] == DESCRIBED and scope["method"] == "GET":
             return await _reply(send, 200, msgspec.json.encode(self.described(scope)))
         if scope["path"] == RELEASE and scope["method"] == "POST":
@@ -149,7 +135,7 @@ def _not_there(settings: Settings, params: dict[str, Any], ids: list[int]) -> Wr
 
 
 def _allowed(scope: Scope) -> bool:
-    """Whether the key is there, where one is asked for."""
+    """vLLM's own check of keys looks at /v1 only."""
     key = os.environ.get("VLLM_API_KEY", "")
     given = dict(scope["headers"]).get(b"authorization", b"")
     return not key or hmac.compare_digest(given, f"Bearer {key}".encode())

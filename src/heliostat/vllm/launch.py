@@ -21,8 +21,6 @@ CPU_PAGE = 32
 """vLLM's attention on processors takes pages of multiples of this."""
 SIDE = 1000
 """With ``nixl`` a worker also listens at its port and this, where others ask how to reach its memory."""
-KEY = "VLLM_API_KEY"
-"""The variable in which vLLM looks for its key."""
 SETTINGS = "HELIOSTAT_WORKER"
 """Environment variable by which a process knows what it is: ``Settings`` as JSON."""
 
@@ -88,8 +86,6 @@ class Launch:
     fit: str = ""
     incarnation: str = ""
     """Letters and digits; empty: the process draws one."""
-    keyed: bool = False
-    """Whether it must not start without a key."""
     extra: tuple[str, ...] = ()
     """Further words for ``vllm serve``."""
 
@@ -228,9 +224,6 @@ def settings(launch: Launch) -> dict[str, Any]:
         "max_running": launch.max_running,
         "fit": launch.fit,
         "transfer": launch.transfer if launch.hands else "",
-        "device": launch.device,
-        "keyed": launch.keyed,
-        "folders": {m.folder: m.digest for m in (launch.weights, *launch.adapters)},
         "folder": launch.folder,
         "keep_mib": launch.keep_mib,
         "lease": launch.lease,

@@ -24,7 +24,6 @@ from heliostat.files import atomic_directory, atomic_write_text, read_json
 from heliostat.linear.adapter import CONFIG, LOW_RANK, PREFIX, WEIGHTS, Saved, read_adapter
 from heliostat.model.config import ARCHITECTURES, read_config
 from heliostat.model.weights import INDEX, save_tensors, weight_files
-from heliostat.vllm.exported import changed, note
 from heliostat.vllm.launch import TWO_STREAMS, Hosted
 
 EXPORTS = "exports/vllm"
@@ -34,8 +33,7 @@ EMBEDDED = "serve this family with the embedded engine: heliostat serve, without
 def prepared(
     folder: Path, family: Family, names: Iterable[str], out: Path | None = None
 ) -> dict[str, Hosted]:
-    """These modules in vLLM's layout, each written if it is not there, or is not what was written; their own files, and
-    those that were written, are checked first.
+    """These modules in vLLM's layout, each written if it is not there, their files checked first.
 
     ``out``: where; the family's ``exports/vllm`` if None. Raises Refused for what vLLM cannot load.
     """
@@ -45,11 +43,9 @@ def prepared(
         refuse_unknown(folder, family, name)
         verify_module(folder, family, name)
         target = _place(folder, out, module.digest)
-        if changed(target, module.digest):
-            shutil.rmtree(target, ignore_errors=True)
+        if not target.is_dir():
             with atomic_directory(target) as partial:
                 _write(folder, family, module, partial)
-                note(partial, module.digest)
         rank = 0 if module.base is None else int(read_json(target / CONFIG)["r"])
         found[name] = Hosted(name=name, digest=module.digest, folder=str(target), rank=rank)
     return found

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 from importlib.metadata import version
 from typing import Any
 
-from heliostat.errors import Refused
 from heliostat.vllm.asked import settings_of
-from heliostat.vllm.launch import KEY, NIXL, TWO_STREAMS
+from heliostat.vllm.launch import TWO_STREAMS
 from heliostat.vllm.versions import refuse_missing, refuse_unsupported
 
 STANDS_ON = {
@@ -36,13 +34,6 @@ TWO_STREAMS_STAND_ON = {
     "vllm.model_executor.models.llama": ("LlamaForCausalLM", "LlamaAttention"),
 }
 
-NIXL_STANDS_ON = {
-    "vllm.distributed.kv_transfer.kv_connector.v1.nixl": (
-        "NixlConnector.request_finished_all_groups",
-        "NixlConnector.start_load_kv",
-    ),
-}
-
 
 def register() -> None:
     """Raises Refused, which ends the process, where this vLLM is not one that the plug-ins know."""
@@ -51,12 +42,7 @@ def register() -> None:
         return
     found = version("vllm")
     refuse_unsupported(found)
-    if settings.keyed and not os.environ.get(KEY):
-        raise Refused(
-            f"worker {settings.worker!r} can be reached by others, and {KEY} is not set: it would serve anybody"
-        )
     asked = {**STANDS_ON, **(TWO_STREAMS_STAND_ON if settings.two_streams else {})}
-    asked |= NIXL_STANDS_ON if settings.transfer == NIXL else {}
     refuse_missing(found, missing(asked))
     if settings.two_streams:
         register_two_streams()

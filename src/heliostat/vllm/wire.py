@@ -48,8 +48,6 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Digest of all that must be equal before keys and values may travel."""
     transfer: str
     """``files``, ``nixl``, another connector's name, or empty where nothing travels."""
-    device: str = ""
-    """``cpu`` or ``cuda``: what lies inside a page differs between the two."""
 
 
 class Described(Facts, frozen=True, kw_only=True):

@@ -10,12 +10,12 @@ from tests.unit.cli.conftest import Heliostat
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two GPU machines; who writes texts need not have the servers' key."""
+    """One GPU machine and one without; who writes texts need not have the servers' key."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     path = tmp_path / "nodes.yaml"
     machines = [
         {"name": "n1", "address": "10.0.0.1", "devices": 2, "memory": 40960},
-        {"name": "n2", "address": "10.0.0.2", "devices": 1, "memory": 65536},
+        {"name": "n2", "address": "10.0.0.2", "device": "cpu", "devices": 8, "memory": 65536},
     ]
     path.write_text(yaml.safe_dump({"nodes": machines}))
     return path

@@ -92,5 +92,5 @@ def test_nodes_speak_over_the_network_and_with_a_key_unless_told_otherwise(tmp_p
     path = tmp_path / "nodes.yaml"
     path.write_text("nodes: [{name: n, address: 10.0.0.1, memory: 1000, device: cpu, devices: 4}]")
     found = read(path)
-    assert (found.terms.transfer, found.terms.key_env, found.router) == ("nixl", "VLLM_API_KEY", "0.0.0.0")
+    assert (found.terms.transfer, found.terms.key_env, found.router) == ("nixl", "VLLM_API_KEY", "10.0.0.1")
     assert found.nodes[0].slots == ((0, 1, 2, 3),)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,8 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from heliostat.errors import Refused
-from heliostat.vllm import exported, kept, wire
+from heliostat.vllm import kept, wire
 from heliostat.vllm.asked import Settings
 from heliostat.vllm.front import Front
 from heliostat.vllm.launch import Hosted, Launch, settings
@@ -30,7 +28,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 def front(role: Any, folder: Path | str = "/nowhere", **more: Any) -> Front:
     launch = Launch(name="w", weights=BASE, role=role, fit="f", folder=str(folder), **more)
-    return Front(app, Settings(**settings(launch) | {"folders": {}}))
+    return Front(app, Settings(**settings(launch)))
 
 
 def ask(
@@ -90,33 +88,8 @@ def test_its_own_paths_ask_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_has_no_key_learns_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     wrong = request(wire.alone(W))
-    for path in (COMPLETIONS, "/v1/models", "/invocations", "/metrics", "/tokenize"):
-        assert ask(front("decode"), path, wrong)[0] == 401
-    assert ask(front("decode"), "/health", method="GET")[0] == 200
+    assert ask(front("decode"), COMPLETIONS, wrong)[:2] == (200, wrong), "vLLM itself turns it away"
     assert ask(front("decode"), COMPLETIONS, wrong, key="secret")[2] == "module_missing"
-
-
-@pytest.mark.parametrize("path", ["/invocations", "/v1/messages", "/tokenize", "/v1/load_lora_adapter"])
-def test_other_ways_to_a_prompt_are_closed(path: str) -> None:
-    """At some of them vLLM would run one, past all that is looked at here."""
-    for role in ("both", "prefill", "decode"):
-        assert ask(front(role), path, request(wire.alone(B)))[0] == 404
-
-
-def test_a_worker_whose_files_were_changed_does_not_serve(tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    export.mkdir()
-    (export / "model.safetensors").write_bytes(b"weights")
-    exported.note(export, B)
-    launch = Launch(name="w", weights=replace(BASE, folder=str(export)), fit="f")
-    assert Front(app, Settings(**settings(launch)))
-    with pytest.raises(Refused, match="it is of digest bbbbbbbbbbbb, not ffffffffffff"):
-        exported.refuse_changed(export, W)
-    (export / "model.safetensors").write_bytes(b"weighty")
-    with pytest.raises(Refused, match=r"model.safetensors is not what was written\): copy the family"):
-        Front(app, Settings(**settings(launch)))
-    (export / "model.safetensors").unlink()
-    assert "is not there" in exported.changed(export, B)
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -14,7 +14,7 @@ from heliostat.errors import Refused
 from heliostat.family import Row
 from heliostat.linear.adapter import read_adapter
 from heliostat.model.tokenizer import Tokenizer
-from heliostat.vllm import exported, layout
+from heliostat.vllm import layout
 
 
 def test_a_checkpoint_is_whole_and_is_written_once(tiny_family: Path) -> None:
@@ -101,20 +101,6 @@ def test_changed_files_are_refused(tiny_family: Path) -> None:
     file.write_bytes(data)
     with pytest.raises(Refused, match="changed"):
         layout.prepared(tiny_family, family, [name])
-
-
-def test_an_export_that_is_not_what_was_written_is_written_anew(tiny_family: Path) -> None:
-    family = read_family(tiny_family)
-    hosted = layout.prepared(tiny_family, family, ["base"])["base"]
-    weights, noted = Path(hosted.folder) / "model.safetensors", Path(hosted.folder) / exported.NOTE
-    right = weights.read_bytes()
-    weights.unlink()  # the family's own file has this name, too
-    weights.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
-    assert layout.prepared(tiny_family, family, ["base"])["base"] == hosted
-    assert weights.read_bytes() == right
-    noted.unlink()
-    layout.prepared(tiny_family, family, ["base"])
-    assert noted.is_file()
 
 
 def test_what_must_fit_changes_the_fit(tiny_family: Path) -> None:

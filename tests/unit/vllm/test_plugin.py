@@ -28,16 +28,3 @@ def test_an_unknown_vllm_ends_the_process(monkeypatch: pytest.MonkeyPatch, versi
     monkeypatch.setattr(plugin, "version", lambda package: version)
     with pytest.raises(Refused, match=match):
         plugin.register()
-
-
-def test_who_can_be_reached_by_others_does_not_start_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = Hosted(name="base", digest="b" * 64, folder="/b")
-    for key, value in command(Launch(name="w", weights=weights, keyed=True)).environment.items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.setattr(plugin, "version", lambda package: "0.32.0")
-    monkeypatch.setattr(plugin, "missing", lambda asked: [])
-    monkeypatch.setenv("VLLM_API_KEY", "")
-    with pytest.raises(Refused, match="VLLM_API_KEY is not set"):
-        plugin.register()
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    plugin.register()
