@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 120
 """Seconds until Ray holds a replica for dead that does not answer: it loads libraries first."""
+REPLICAS = "/dev/stderr"
+"""What a server logs goes to its replica's log, which Ray keeps."""
 TRIFLE = 0.001
 """Of a node's own resource: enough to be placed there."""
 
@@ -61,8 +63,7 @@ class Server:
 
     def __init__(self, name: str, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self._name = name
-        self._folder = tempfile.TemporaryDirectory(prefix="heliostat-")
-        self._keeper = spawn(Kept(words, environment, str(Path(self._folder.name) / "log")))
+        self._keeper = spawn(Kept(words, environment, REPLICAS))
 
     def check_health(self) -> None:
         """Ray starts a replica again whose check raises."""
@@ -93,7 +94,7 @@ def _not_yet() -> Any:
 
 
 class Router:
-    """A replica that holds our server, which starts when it is first asked."""
+    """A replica that holds our server, which starts when Ray first asks how it is, or somebody for an answer."""
 
     def __init__(self, arguments: Mapping[str, Any], *servers: Any) -> None:
         """``servers``: the deployments that Ray starts together with this one."""
@@ -135,6 +136,8 @@ class Router:
 
     async def check_health(self) -> None:
         """Ray starts a replica again whose check raises."""
+        if self._app is None and not self._starting.locked():
+            self._begun = asyncio.create_task(self.app())  # kept, or it might be collected
         if self._service is not None and self._service.failure:
             raise RuntimeError(self._service.failure)
 
