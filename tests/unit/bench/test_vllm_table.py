@@ -11,14 +11,16 @@ from heliostat.bench.vllm_table import (
     Load,
     client_words,
     cluster_of,
+    machine_seconds,
     main,
     memory_mib,
+    own_seconds,
     server_words,
     sessions_of,
     turns_of,
 )
 
-LOAD = Load(members=3, sessions=4, repeats=2, cache_mib=600)
+LOAD = Load(members=3, sessions=4, repeats=2, rounds=2, cache_mib=600)
 
 
 def test_systems_differ_in_who_stands_where_and_have_the_same_pages_in_all() -> None:
@@ -48,7 +50,7 @@ def test_clients_ask_the_same_sessions_of_all_and_others_in_each_round() -> None
         return dict(zip(words[::2], words[1::2], strict=True))
 
     told = {system: facts(system) for system in SYSTEMS}
-    assert {one["--seed"] for one in told.values()} == {"0"} and told["sun"]["--rate"] == "0.5,0.5"
+    assert {one["--seed"] for one in told.values()} == {"0"} and told["sun"]["--rate"] == "0.4,0.4"
     assert len({facts("sun", turn=turn, warm=warm)["--seed"] for turn in (0, 1) for warm in (0, 1)}) == 4
     order = [system for system, _ in turns_of(LOAD)]
     assert order[: len(SYSTEMS)] == order[: -len(SYSTEMS) - 1 : -1] == list(SYSTEMS)
@@ -63,7 +65,7 @@ def point(seconds: float, *, failed: bool = False) -> dict[str, Any]:
         "queue": {"grows": False},
     }
     sessions = {f"0/{n}": {"start": n, "end": n + seconds, "answered": not failed or n} for n in range(100)}
-    return {"memory_mib": 1234, "runs": [run, run], "sessions": sessions}
+    return {"memory_mib": 1234, "others": 0.02, "runs": [run, run], "sessions": sessions}
 
 
 def test_rows_are_of_all_points_of_a_system_and_ratios_of_the_same_sessions() -> None:
@@ -72,7 +74,11 @@ def test_rows_are_of_all_points_of_a_system_and_ratios_of_the_same_sessions() ->
     assert (separate["runs"], separate["sessions"], separate["memory_mib"]) == (4, 200, 1234)
     assert icarus["session"]["p95"]["value"] == 2.0 and icarus["shorter"]["p95"]["value"] == 2.0
     text = page([separate, icarus], load=LOAD_FACTS, birth=BIRTH)
-    assert "| 1,234 | 90 % | 1.5 | 40 | 50 % | 0.25 |" in text and "Failed sessions: none" in text
+    assert (
+        "| 1,234 | 90 % | 1.5 | 40 | 50 % | 0.25 |" in text
+        and "Failed sessions: none" in text
+        and "at most 2 % was for other programs" in text
+    )
     assert all(line.count("|") == len(HEADS) + 1 for line in text.splitlines() if line.startswith("|"))
     assert "icarus, p95" in picture([separate, icarus])
 
@@ -100,6 +106,12 @@ def test_a_session_is_from_its_first_call_to_its_last_answer() -> None:
 
 def test_memory_is_of_the_whole_tree() -> None:
     assert memory_mib(os.getpid()) > 10 and memory_mib(2**22 + 1) == 0
+
+
+def test_what_the_machine_did_is_parted_into_ours_and_others() -> None:
+    before, own = machine_seconds(), own_seconds(os.getpid())
+    sum(n * n for n in range(10**6))
+    assert machine_seconds() >= before and own_seconds(os.getpid()) >= own > 0
 
 
 def test_the_plan_is_told_and_nothing_runs(capsys: pytest.CaptureFixture[str]) -> None:
