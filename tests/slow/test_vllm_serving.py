@@ -32,8 +32,9 @@ from tests.slow.vllm_family import MEMBERS, family, inside, python
 
 pytestmark = pytest.mark.slow
 
-PLAYED = ("sun-f", "pre-a")
-"""One server writes for the first, one with the base for the second, one decode server speaks for both."""
+PLAYED = ("sun-f", "pre-a", "ica-a", "solo-a")
+"""One server writes for the first, one with the base for the second, one decode server speaks for both, and one of two
+streams for the third; the fourth is an adapter that writes for itself on the base's servers."""
 STARTING = 900
 RETRIES = "heliostat_retries_total"
 ROOM = (
@@ -80,7 +81,7 @@ def served(folder: Path) -> Iterator[Served]:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = inside(folder.parent)
     try:
-        options = ("--engine", "vllm", "--prefill-workers", "2", "--decode-workers", "1", *ROOM)
+        options = ("--engine", "vllm", "--prefill-workers", "2", "--decode-workers", "2", *ROOM)
         with told(folder, *options, starting=STARTING) as (address, _, log):
             yield Served(folder, address, log, LLM(folder, dtype="float32", max_length=256))
     finally:

@@ -16,6 +16,8 @@ from heliostat.serve.router import DECODE, PREFILL, ROLES
 MOST_RUNNING = 64
 CREDIT = 16
 """Both as a worker has them where nobody says otherwise."""
+PLENTY = 2**20
+"""Pages that no log fills; as many as a small model leaves room for on a GPU would not be counted in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Machine:
                 f"for {self.room / 2**30:.1f} GiB, they take {taken:.1f} and leave none for pages. Take a GPU with "
                 "more memory, a smaller model, or fewer members"
             )
-        return left // self.page_bytes
+        return min(left // self.page_bytes, PLENTY)
 
 
 def runs_of(case: Case) -> dict[str, Run]:

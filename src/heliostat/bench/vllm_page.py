@@ -64,6 +64,7 @@ def pool(system: str, points: Mapping[str, Found]) -> dict[str, Any] | None:
         "memory": [point["memory_mib"] for point in mine.values()],
         "runs": runs,
         "spans": spans,
+        "others": [point["others"] for point in mine.values()],
         "failed": sum(not one["answered"] for point in mine.values() for one in point["sessions"].values()),
         "summary": {"queue": {"grows": grows}, "session": session},
     }
@@ -74,6 +75,7 @@ def _row(system: str, mine: Found, theirs: Found | None) -> dict[str, Any]:
     return {
         "system": system,
         "memory_mib": round(median(mine["memory"])),
+        "others": max(mine["others"]),
         "runs": len(runs),
         "sessions": len(mine["spans"]),
         "failed": mine["failed"],
@@ -131,12 +133,15 @@ def _notes(rows: Sequence[Found], load: Found, birth: Found) -> list[str]:
         "round in the opposite order, two "
         "sessions before each that do not count. Middle columns are medians over runs; sessions are of all runs "
         "together, with an interval of 95 %; *shorter* says how many times as long the first system's sessions take. "
-        f"Failed sessions: {failed or 'none'}.",
+        f"Failed sessions: {failed or 'none'}. Of the time that the cores worked, at most "
+        f"{100 * max(row['others'] for row in rows):.0f} % was for other programs.",
         "",
-        f"Every system has both cores and {load['cache_mib']} MiB for pages in all: nothing had to be forgotten. One "
-        "server has both cores for itself; several have their parts, in turns. Every one stands behind the same router, "
-        "with the client on the same cores. *Memory* is of all processes, what they share counted once (Pss), the "
-        "router among them. *Within limits*: first text within 2 s, 0.2 s a token after it.",
+        "A session asks each of its members once, so what is found again was written for another. Every server runs on "
+        "one thread, on cores in turns, for with two multi-LoRA was slower by far: a system of one server has one core, "
+        f"and router and client the other. Every system has {load['cache_mib']} MiB for pages in all: nothing had to be "
+        "forgotten. *Memory* is of all processes, what they share counted once (Pss), the router among them. *Within "
+        "limits*: first text within 2 s, 0.2 s a token after it. On a processor vLLM gathers an adapter's weights anew "
+        "for each token, which all systems with adapters pay; separate servers have none.",
         "",
         f"`{birth['command']}`, {birth['hardware']}, commit {birth['commit']}, {birth['date']}.",
     ]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -52,15 +54,15 @@ class Load:
 
     shape: str = "24M"
     members: int = 3
-    rate: float = 0.5
+    rate: float = 0.4
     """Sessions a second."""
-    sessions: int = 25
+    sessions: int = 6
     """Of a run."""
-    repeats: int = 4
+    repeats: int = 5
     """Runs of a start."""
-    rounds: int = 2
+    rounds: int = 1
     """Starts of each system; every other round in the opposite order."""
-    turns: int = 3
+    turns: int = 1
     """Of a session: three calls each."""
     seed: int = 0
     cache_mib: int = 768
@@ -92,8 +94,8 @@ def members_of(system: str, load: Load) -> list[str]:
 
 
 def cluster_of(system: str, load: Load, place: Path) -> dict[str, Any]:
-    """The cluster file of one system. Servers of it share the cores: each has its part, from the first again where there
-    are more servers than cores."""
+    """The cluster file of one system: every server runs on one thread, on cores in turns. vLLM's adapters on processors
+    are many small operations, for which two threads only wait for each other."""
     both, owns = ["prefill", "decode"], [f"{member}.own" for member in members_of(system, load)]
     hosted: list[tuple[list[str], list[str]]] = [(both, [BASE, *owns])]
     if system == "separate":
@@ -102,7 +104,7 @@ def cluster_of(system: str, load: Load, place: Path) -> dict[str, Any]:
         readers, speakers = ([BASE], owns) if system == "prefillshare" else (owns, [BASE])
         hosted = [(["prefill"], readers), (["decode"], speakers)]
     workers = [
-        {"name": f"w{number}", "spawn": "vllm", "roles": roles, "modules": modules}
+        {"name": f"w{number}", "spawn": "vllm", "roles": roles, "modules": modules, "threads": 1}
         for number, (roles, modules) in enumerate(hosted)
     ]
     terms = {"dtype": load.dtype, "page_size": PAGE, "max_length": LONGEST}
@@ -128,6 +130,12 @@ def client_words(system: str, load: Load, *, turn: int, warm: bool = False) -> l
 
 def _run(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", "from heliostat.cli import main; main()", *words[1:]]
+
+
+def _ask(words: Sequence[str], url: str, out: Path) -> None:
+    silent = subprocess.DEVNULL
+    whole = [*_run(words), "--url", url, "--out", str(out)]
+    subprocess.run(whole, check=True, stdout=silent, stderr=silent)
 
 
 @contextmanager
@@ -175,6 +183,26 @@ def memory_mib(process: int) -> float:
     return found / 1024
 
 
+def machine_seconds() -> float:
+    """Seconds that all cores of the machine have worked, for whomever."""
+    numbers = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
+    user, nice, system, _, _, interrupts, soft = map(int, numbers[:7])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds(process: int) -> float:
+    """Of these, a process with all below it, and what has been run from here."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = 0
+    for number in (process, *_below(process)):
+        try:
+            fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        found += int(fields[11]) + int(fields[12])
+    return spent.ru_utime + spent.ru_stime + found / os.sysconf("SC_CLK_TCK")
+
+
 def _below(process: int) -> list[int]:
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -197,17 +225,16 @@ def point(system: str, load: Load, place: Path, folder: Path, *, turn: int) -> d
     file = folder / "cluster.yaml"
     file.write_text(yaml.safe_dump(cluster_of(system, load, place), sort_keys=False), encoding="utf-8")
     with served(server_words(system, load, place, file), folder / "server.log") as (url, process):
-        for out, warm in ((folder / "warm", True), (folder, False)):
-            words = _run(client_words(system, load, turn=turn, warm=warm))
-            silent = subprocess.DEVNULL
-            subprocess.run(
-                [*words, "--url", url, "--out", str(out)], check=True, stdout=silent, stderr=silent
-            )
+        _ask(client_words(system, load, turn=turn, warm=True), url, folder / "warm")
+        before, own = machine_seconds(), own_seconds(process)
+        _ask(client_words(system, load, turn=turn), url, folder)
+        busy, own = machine_seconds() - before, own_seconds(process) - own
         memory = memory_mib(process)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     lines = (folder / "requests.jsonl").read_text(encoding="utf-8").splitlines()
     return {
         "memory_mib": round(memory),
+        "others": max(0.0, 1 - own / busy),
         "runs": results["runs"],
         "sessions": sessions_of(map(json.loads, lines)),
     }

@@ -1,7 +1,8 @@
 """A process that keeps another one, with all that it starts: it ends them when its own parent is gone, however it died.
 
 It gets what to start as a line of JSON on its standard input, which stays open while the parent lives. A server's own
-children would outlive it if it were killed; they are in one group, and the group is ended.
+children would outlive it if it were killed; they are in one group, and the group is ended. Who ends the parent may kill the
+parent's children, too: so what keeps is a child of what was spawned, which only waits for it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from heliostat.files import OWNER, abandoned, remove_abandoned
 
 GRACE = 2.0
 """Seconds to end by itself."""
+ENDED = 128 + signal.SIGTERM
+"""Exit status of who was told to end."""
 _PDEATHSIG = 1
 _LOOK = 0.05
 """Seconds between two looks."""
@@ -57,6 +60,18 @@ def spawn(kept: Kept) -> subprocess.Popen[bytes]:
 
 def main(given: BinaryIO) -> int:
     """Start it and wait; returns its exit status."""
+    inner = os.fork()
+    if inner:
+        os.close(given.fileno())
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(inner, signal.SIGTERM))
+        return os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ENDED))
+    _die_with_parent()
+    os.setsid()
+    return _keep(given)
+
+
+def _keep(given: BinaryIO) -> int:
     kept = msgspec.json.decode(given.readline(), type=Kept)
     with Path(kept.log).open("ab") as log:
         child = subprocess.Popen(
@@ -78,7 +93,7 @@ def main(given: BinaryIO) -> int:
 
 
 def _die_with_parent() -> None:
-    """Should the keeper itself be killed, the kernel ends its child; only Linux does."""
+    """Should the parent itself be killed, the kernel ends its child; only Linux does."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
 

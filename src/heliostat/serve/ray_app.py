@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
     from heliostat.serve.service import Service
 
+PATIENCE = 120
+"""Seconds until Ray holds a replica for dead that does not answer: it loads libraries first."""
+REPLICAS = "/dev/stderr"
+"""What a server logs goes to its replica's log, which Ray keeps."""
 TRIFLE = 0.001
 """Of a node's own resource: enough to be placed there."""
 
@@ -59,8 +63,7 @@ class Server:
 
     def __init__(self, name: str, words: Sequence[str], environment: Mapping[str, str]) -> None:
         self._name = name
-        self._folder = tempfile.TemporaryDirectory(prefix="heliostat-")
-        self._keeper = spawn(Kept(words, environment, str(Path(self._folder.name) / "log")))
+        self._keeper = spawn(Kept(words, environment, REPLICAS))
 
     def check_health(self) -> None:
         """Ray starts a replica again whose check raises."""
@@ -91,7 +94,7 @@ def _not_yet() -> Any:
 
 
 class Router:
-    """A replica that holds our server, which starts when it is first asked."""
+    """A replica that holds our server, which starts when Ray first asks how it is, or somebody for an answer."""
 
     def __init__(self, arguments: Mapping[str, Any], *servers: Any) -> None:
         """``servers``: the deployments that Ray starts together with this one."""
@@ -104,30 +107,37 @@ class Router:
 
     async def app(self) -> FastAPI | None:
         """Ours, when all servers are what the cluster file says; None where one is not: who asks next tries again."""
-        from heliostat.serve.app import build
-        from heliostat.serve.run import Settings, service_of
-
         async with self._starting:
             if self._app is None:
-                path = Path(self._folder.name) / "cluster.yaml"
-                path.write_text(self._arguments.cluster, encoding="utf-8")
-                settings = Settings(
-                    family=Path(self._arguments.family),
-                    cluster=path,
-                    keys=Path(self._arguments.keys),
-                    allow_hosts=tuple(self._arguments.hosts),
-                )
                 try:
-                    service = await asyncio.to_thread(service_of, settings)
+                    # Not on the loop, which says meanwhile that it lives.
+                    service, app = await asyncio.to_thread(self._made)
                     await service.start()
                 except Refused as refused:
                     Log().say("router cannot start", why=str(refused))
                     return None
-                self._service, self._app = service, build(service, version=version("heliostat"))
+                self._service, self._app = service, app
             return self._app
+
+    def _made(self) -> tuple[Service, FastAPI]:
+        from heliostat.serve.app import build
+        from heliostat.serve.run import Settings, service_of
+
+        path = Path(self._folder.name) / "cluster.yaml"
+        path.write_text(self._arguments.cluster, encoding="utf-8")
+        settings = Settings(
+            family=Path(self._arguments.family),
+            cluster=path,
+            keys=Path(self._arguments.keys),
+            allow_hosts=tuple(self._arguments.hosts),
+        )
+        service = service_of(settings)
+        return service, build(service, version=version("heliostat"))
 
     async def check_health(self) -> None:
         """Ray starts a replica again whose check raises."""
+        if self._app is None and not self._starting.locked():
+            self._begun = asyncio.create_task(self.app())  # kept, or it might be collected
         if self._service is not None and self._service.failure:
             raise RuntimeError(self._service.failure)
 
@@ -151,6 +161,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         serve.ingress(Inside())(Router),
         name="router",
         max_ongoing_requests=1024,
+        health_check_timeout_s=PATIENCE,
         ray_actor_options={"num_cpus": 0},
     )
     return router.bind(dict(args), *servers)

@@ -88,6 +88,24 @@ def test_a_parents_memory_goes_with_its_last_server_where_the_parent_is_gone(tmp
         assert memory.exists() == parent_lives
 
 
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(os.getpid(), os.environ['MARK'], flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_child_that_does_not_listen_goes_with_a_keeper_that_is_killed(tmp_path: Path) -> None:
+    if sys.platform != "linux":
+        return
+    with spawn(kept(tmp_path, STUBBORN)) as keeper:
+        child = child_of(tmp_path)
+        os.kill(keeper.pid, signal.SIGKILL)
+        keeper.wait(20)
+    assert gone(child)
+
+
 def test_the_childs_status_is_told(tmp_path: Path) -> None:
     with spawn(kept(tmp_path, "raise SystemExit(7)")) as keeper:
         assert keeper.wait(20) == 7
