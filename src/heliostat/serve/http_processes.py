@@ -29,7 +29,6 @@ from heliostat.serve.http_keeper import Kept, spawn
 from heliostat.serve.http_launching import KEPT, Common, common_of, cores_of, key_of, launch_of
 from heliostat.serve.http_layout import Server, servers_of
 from heliostat.serve.http_line import HttpLine
-from heliostat.serve.http_orders import ELSEWHERE
 from heliostat.serve.http_watch import PATIENCE
 from heliostat.serve.http_worker import HttpWorker
 from heliostat.serve.log import Log
@@ -231,10 +230,6 @@ def servers(
     log: Log,
 ) -> Supervisor:
     """The crew of a cluster of vLLM servers. Refused for what vLLM cannot load or play, or has no room for here."""
-    if means.wanted.draft is not None:
-        raise Refused(
-            f"--draft {means.wanted.draft}: vLLM servers get no draft; leave it out, or {ELSEWHERE}"
-        )
     placed = servers_of(cluster, family, rows)
     here = [server for server in placed.values() if server.place.url is None]
     refuse_unfit(means.family, family, rows)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from heliostat.build import load_tokenizer, read_family
-from heliostat.engine.speculation.wanted import Wanted
 from heliostat.errors import Refused
 from heliostat.files import OWNER, hold
 from heliostat.serve import http_processes
@@ -202,8 +201,3 @@ def test_two_versions_between_machines_are_refused_while_both_are_there(
         made.leave()
 
     asyncio.run(story())
-
-
-def test_a_draft_is_refused_and_not_forgotten(tiny_family: Path) -> None:
-    with pytest.raises(Refused, match="--draft ngram: vLLM servers get no draft.*embedded engine"):
-        crew(tiny_family, io.StringIO(), wanted=Wanted(draft="ngram"))
