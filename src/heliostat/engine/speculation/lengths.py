@@ -90,8 +90,8 @@ class Choice:
     drafting: Kind = field(default_factory=lambda: Kind(DRAFTING))
     passes: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     """Seconds of passes of the draft."""
-    row: float = 0.0
-    """Seconds that a row more takes in a pass of the speaker."""
+    verifying: dict[int, deque[float]] = field(default_factory=dict)
+    """Seconds of passes of the speaker that read drafted tokens, by their rows."""
     drafts: bool = False
     """Whether the next step is one with drafts."""
     _tries: bool = False
@@ -104,11 +104,12 @@ class Choice:
         """A step has run."""
         own, other = (self.drafting, self.plain) if drafted else (self.plain, self.drafting)
         own.steps.append(took)
+        if drafted:
+            self.verifying.setdefault(took.rows, deque(maxlen=PLAIN)).append(took.speaking)
         if not own.known:
             return
         if not other.known:
             return self._try(not drafted)
-        self._weigh_a_row()
         worse = own.cost > other.cost
         self._since += 1
         if self._tries or worse:
@@ -123,10 +124,12 @@ class Choice:
         self.drafts, self._tries = drafts, True
         self.passes = deque(list(self.passes)[-1:], WINDOW)
 
-    def _weigh_a_row(self) -> None:
-        extra = self.drafting.median("rows") - self.plain.median("rows")
-        longer = self.drafting.median("speaking") - self.plain.median("speaking")
-        self.row = max(0.0, longer / extra) if extra > 0 else 0.0
+    @property
+    def row(self) -> float:
+        """Seconds that a row more takes in a pass that reads several anyway. (Of one request the second takes more.)"""
+        fastest = {rows: min(seconds) for rows, seconds in self.verifying.items() if len(seconds) > 1}
+        fewest, most = min(fastest, default=0), max(fastest, default=0)
+        return max(0.0, fastest[most] - fastest[fewest]) / (most - fewest) if most > fewest else 0.0
 
     def worth(self) -> tuple[float, float]:
         """Tokens that a row more, and a pass of the draft more, must bring: what the same time brings else."""

@@ -29,12 +29,22 @@ def test_a_rate_follows_what_is_taken() -> None:
 
 
 class Machine:
-    """Takes so long for a pass of so many rows and for a pass of the draft, and takes each token with one chance."""
+    """Takes so long for a pass of so many rows and for a pass of the draft, and takes each token with one chance.
+
+    ``second``: seconds more for a pass with drafted tokens, however few: products of several rows are made otherwise.
+    """
 
     def __init__(
-        self, *, fixed: float, row: float, draft: float = 0.0, taken: float = 1.0, requests: int = 1
+        self,
+        *,
+        fixed: float,
+        row: float,
+        draft: float = 0.0,
+        taken: float = 1.0,
+        requests: int = 1,
+        second: float = 0.0,
     ) -> None:
-        self.fixed, self.row, self.draft, self.taken = fixed, row, draft, taken
+        self.fixed, self.row, self.draft, self.taken, self.second = fixed, row, draft, taken, second
         self.lengths, self.dice, self.behind = Lengths(8), random.Random(0), 0
         self.requests = [f"r{n}" for n in range(requests)]
         self.drafted: list[int] = []
@@ -58,7 +68,7 @@ class Machine:
                 0.01 * self.behind if counts else 0.0
             )  # what was said without it the draft has still to read
             self.behind = 0 if counts else self.behind + 1
-            speaking = self.fixed + self.row * rows
+            speaking = self.fixed + self.row * rows + self.second * bool(counts)
             self.lengths.learn(Took(took + speaking + late, speaking + late, rows, said))
             tokens, seconds = tokens + said, seconds + took + speaking
             self.drafted.append(sum(counts.values()))
@@ -90,15 +100,18 @@ def test_nothing_is_drafted_where_it_would_slow_the_batch_down() -> None:
 @pytest.mark.parametrize("requests", [1, 4, 9])
 @pytest.mark.parametrize("taken", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("draft", [0.05, 0.2, 0.6])
-def test_it_is_nearly_as_fast_as_the_best_fixed_length(requests: int, taken: float, draft: float) -> None:
+@pytest.mark.parametrize("second", [0.0, 0.5])
+def test_it_is_nearly_as_fast_as_the_best_fixed_length(
+    requests: int, taken: float, draft: float, second: float
+) -> None:
     """Also where one step in fifty takes twenty times as long, for a reason of its own."""
-    machine = Machine(fixed=1.0, row=0.04, draft=draft, taken=taken, requests=requests)
+    machine = Machine(fixed=1.0, row=0.04, draft=draft, taken=taken, requests=requests, second=second)
 
     def at(length: int) -> float:
         said = requests * sum(taken**n for n in range(length + 1))
-        return said / (1.0 + 0.04 * requests * (1 + length) + draft * length)
+        return said / (1.0 + 0.04 * requests * (1 + length) + (draft * length + second) * bool(length))
 
-    assert machine.run(1500, slow=20.0) > 0.93 * max(map(at, range(9)))
+    assert machine.run(1500, slow=20.0) > 0.9 * max(map(at, range(9)))
 
 
 def test_it_comes_back_when_drafts_are_good_again() -> None:
