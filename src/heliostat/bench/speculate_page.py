@@ -12,21 +12,20 @@ from heliostat.files import atomic_write_text
 from heliostat.plot import lines
 
 PAGE = "selfjudge"
-CURVE, SWEPT = f"{PAGE}-speed.svg", f"{PAGE}-theta.svg"
 
 
-def write_page(found: Mapping[str, Any], folder: Path) -> Path:
-    """selfjudge.md, its numbers and its two pictures; the page's path."""
+def write_page(found: Mapping[str, Any], folder: Path, name: str = PAGE) -> Path:
+    """The page of that name, its numbers and its two pictures; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rules = ruled(found)
-    atomic_write_text(folder / f"{PAGE}.json", json.dumps(found, indent=1) + "\n")
-    atomic_write_text(folder / CURVE, curve(rules))
-    atomic_write_text(folder / SWEPT, swept(rules))
-    atomic_write_text(folder / f"{PAGE}.md", page(found, rules))
-    return folder / f"{PAGE}.md"
+    atomic_write_text(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    atomic_write_text(folder / f"{name}-speed.svg", curve(rules))
+    atomic_write_text(folder / f"{name}-theta.svg", swept(rules))
+    atomic_write_text(folder / f"{name}.md", page(found, rules, name))
+    return folder / f"{name}.md"
 
 
-def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
+def page(found: Mapping[str, Any], rules: Sequence[Ruled], name: str = PAGE) -> str:
     """The page as Markdown."""
     facts = found["facts"]
     parts = [
@@ -49,7 +48,7 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         _cost(rules),
         "",
         *_switch(found),
-        f"![accuracy over tokens a second]({CURVE})",
+        f"![accuracy over tokens a second]({name}-speed.svg)",
         "",
         f"Judging takes {1e6 * found['points']['judge_seconds']['8']:.0f} microseconds for 8 tokens: "
         f"{100 * judge_share(found):.2f} % of the time at batch {facts['batches'][0]}, if every pass had drafts.",
@@ -58,7 +57,7 @@ def page(found: Mapping[str, Any], rules: Sequence[Ruled]) -> str:
         "",
         *_judges(found),
         "",
-        f"![accuracy and length over theta]({SWEPT})",
+        f"![accuracy and length over theta]({name}-theta.svg)",
         "",
         "## Other labels",
         "",

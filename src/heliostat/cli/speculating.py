@@ -43,6 +43,8 @@ Docs = Annotated[
     typer.Option(help="Folder for the page, its numbers and pictures.", show_default="that of --out"),
 ]
 
+Page = Annotated[str, typer.Option(help="Name of the page.")]
+
 
 def speculate(
     family: Family,
@@ -62,6 +64,7 @@ def speculate(
     rules: Rules = None,
     out: Out = Path("out/bench/speculate"),
     docs: Docs = None,
+    page: Page = "selfjudge",
     as_json: Json = False,
 ) -> None:
     """None, look-up, lossless, judged, and rules without training: right answers and tokens a second.
@@ -99,11 +102,11 @@ def speculate(
         found = measure(wish, tell=lambda line: print(line, file=sys.stderr, flush=True))
     except KeyboardInterrupt:
         stop(f"stopped; {out / 'points.json'} keeps what was measured, the same command goes on from there")
-    page = write_page(found, docs or out)
+    path = write_page(found, docs or out, page)
     if as_json:
-        return print_json({**found, "page": str(page)})
+        return print_json({**found, "page": str(path)})
     print("\n".join(verdicts(ruled(found))))
-    print(page)
+    print(path)
 
 
 def _named(text: str | None) -> dict[str, str]:
