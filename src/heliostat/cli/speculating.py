@@ -71,15 +71,10 @@ def speculate(
 
     Ctrl-C keeps what was measured; the same command goes on from there.
     """
-    from heliostat.bench.speculate import CHOSEN, LOSSLESS, OFF, RULES, Measured, measure
+    from heliostat.bench.speculate import Measured, measure
     from heliostat.bench.speculate_page import write_page
     from heliostat.bench.speculated import ruled, verdicts
 
-    wanted = RULES if rules is None else tuple(part.strip() for part in rules.split(","))
-    if lacking := [rule for rule in (OFF, LOSSLESS, *CHOSEN) if rule not in wanted]:
-        raise Refused(
-            f"--rules {rules}: {', '.join(lacking)} must be among them, all others are compared with these"
-        )
     wish = Measured(
         family=str(family),
         draft=draft,
@@ -95,7 +90,7 @@ def speculate(
         repeats=repeats,
         seeds=seeds,
         longest=max_tokens,
-        rules=wanted,
+        rules=_rules(rules),
         out=str(out),
     )
     try:
@@ -107,6 +102,17 @@ def speculate(
         return print_json({**found, "page": str(path)})
     print("\n".join(verdicts(ruled(found))))
     print(path)
+
+
+def _rules(text: str | None) -> tuple[str, ...]:
+    from heliostat.bench.speculate import CHOSEN, LOSSLESS, OFF, RULES
+
+    wanted = RULES if text is None else tuple(part.strip() for part in text.split(","))
+    if lacking := [rule for rule in (OFF, LOSSLESS, *CHOSEN) if rule not in wanted]:
+        raise Refused(
+            f"--rules {text}: {', '.join(lacking)} must be among them, all others are compared with these"
+        )
+    return wanted
 
 
 def _named(text: str | None) -> dict[str, str]:
