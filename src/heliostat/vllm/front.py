@@ -82,7 +82,11 @@ class Front:
         settings = self.settings
         assert settings is not None
         facts = {name: getattr(settings, name) for name in Facts.__struct_fields__}
-        here = {"vllm": _version("vllm"), "heliostat": _version("heliostat"), "pages": _pages(scope)}
+        here: dict[str, Any] = {
+            "vllm": _version("vllm"),
+            "heliostat": _version("heliostat"),
+            "pages": _pages(scope),
+        }
         return Described(**facts, **here)
 
     async def _release(self, body: bytes | None, send: Send) -> None:
