@@ -1,6 +1,7 @@
 """A program for test_ray.py and a Python that has Ray: deploys a rendered application on one node, says when it is up."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -16,7 +17,10 @@ def main(path: str, port: int) -> None:
     (found,) = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["applications"]
     for server in found["args"]["servers"]:
         server["address"] = address  # one node plays all
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    for _ in range(8):  # Ray waits for its proxy for a minute, and a busy machine may take longer
+        with suppress(TimeoutError):
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            break
     serve.run(application(found["args"]), name=found["name"], route_prefix=found["route_prefix"])
     print("UP", flush=True)
     sys.stdin.read()
