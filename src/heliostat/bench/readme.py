@@ -175,6 +175,17 @@ LINES: Sequence[Line] = (
         "profile",
         _two_rows(),
     ),
+    Line(
+        "exact answers with a draft of a tenth, 13M, trained, beside none",
+        "{b1}, {b2}, {b4}, {b8} the tokens a second at batch 1, 2, 4, 8; a rule that changes answers (`kl:0.1`) {kl1}, {kl2}, "
+        "{kl4}, {kl8}",
+        "selfjudge",
+        {
+            f"{name}{batch}": Figure(f"summary/{rule}/over_off/{batch}", show="{:.2f}x")
+            for name, rule in (("b", "lossless"), ("kl", "kl:0.1"))
+            for batch in (1, 2, 4, 8)
+        },
+    ),
 )
 
 

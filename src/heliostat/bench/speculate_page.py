@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def write_page(found: Mapping[str, Any], folder: Path, name: str = PAGE) -> Path
     """The page of that name, its numbers and its two pictures; the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rules = ruled(found)
-    atomic_write_text(folder / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    summary = {one.rule: asdict(one) for one in rules}
+    atomic_write_text(folder / f"{name}.json", json.dumps({**found, "summary": summary}, indent=1) + "\n")
     atomic_write_text(folder / f"{name}-speed.svg", curve(rules))
     atomic_write_text(folder / f"{name}-theta.svg", swept(rules))
     atomic_write_text(folder / f"{name}.md", page(found, rules, name))
