@@ -177,8 +177,8 @@ LINES: Sequence[Line] = (
     ),
     Line(
         "exact answers with a draft of a tenth, 13M, trained, beside none",
-        "{b1}, {b2}, {b4}, {b8} the tokens a second at batch 1, 2, 4, 8; a rule that changes answers (`kl:0.1`) {kl1}, {kl2}, "
-        "{kl4}, {kl8}",
+        "{b1}, {b2}, {b4}, {b8} the tokens a second at batch 1, 2, 4, 8; a rule that changes answers (`kl:0.1`) {kl1}, "
+        "{kl2}, {kl4}, {kl8}",
         "selfjudge",
         {
             f"{name}{batch}": Figure(f"summary/{rule}/over_off/{batch}", show="{:.2f}x")
